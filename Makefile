@@ -1,0 +1,40 @@
+# Every target makes its own virtual environment first and can be repeated.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-gpu lint format clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (Python packages pinned by constraints.txt) =="
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gpu,gguf,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## fine-tune the embedded model and watch it get better (about a minute on two CPU cores)
+	$(BIN)/pantheraml demo
+
+test: $(STAMP)  ## run the tests that need no accelerator
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+
+test-gpu:  ## run the tests that need a GPU, in the current environment
+	$(PYTHON) -m pytest -m gpu tests
+
+lint: $(STAMP)  ## style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check --summary=none
+
+format: $(STAMP)  ## rewrite files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

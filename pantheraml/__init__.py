@@ -1,0 +1,52 @@
+"""PantheraML: fine-tune large language models through the API that Unsloth users know.
+
+Names are imported on first use, so that ``import pantheraml`` costs nothing and needs no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._compat import install_import_hooks
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .chat_templates import apply_chat_template as apply_chat_template
+    from .device import clear_gpu_memory as clear_gpu_memory
+    from .device import get_gpu_memory_stats as get_gpu_memory_stats
+    from .device import is_bfloat16_supported as is_bf16_supported  # noqa: F401
+    from .device import is_bfloat16_supported as is_bfloat16_supported
+
+# Public name -> module that defines it (relative to this package), or (module, name) where they differ.
+_EXPORTS: dict[str, str | tuple[str, str]] = {
+    "is_bfloat16_supported": "device",
+    "is_bf16_supported": ("device", "is_bfloat16_supported"),
+    "get_gpu_memory_stats": "device",
+    "clear_gpu_memory": "device",
+}
+
+_DEVICE_ATTRIBUTES = {"DEVICE_TYPE": "type", "DEVICE_TYPE_TORCH": "torch_type", "DEVICE_COUNT": "count"}
+
+__all__ = ["__version__", *_EXPORTS, *_DEVICE_ATTRIBUTES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DEVICE_ATTRIBUTES:
+        value = getattr(importlib.import_module(".device", __name__).get_device(), _DEVICE_ATTRIBUTES[name])
+    elif name in _EXPORTS:
+        target = _EXPORTS[name]
+        module, attribute = (target, name) if isinstance(target, str) else target
+        value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_import_hooks()

@@ -1,0 +1,5 @@
+"""TRL keyword shim (being written)."""
+
+
+def register() -> None:
+    """Register the post-import hooks."""

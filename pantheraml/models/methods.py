@@ -1,0 +1,43 @@
+"""Methods that loaded models and tokenizers carry, bound late so that models never import what stands above them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+# Method name -> "module:function". The function's first parameter is the model.
+MODEL_METHODS: dict[str, str] = {
+    "for_inference": "pantheraml.models.inference:for_inference",
+    "for_training": "pantheraml.models.inference:for_training",
+    "save_pretrained_merged": "pantheraml.save:save_pretrained_merged",
+    "push_to_hub_merged": "pantheraml.save:push_to_hub_merged",
+    "save_pretrained_gguf": "pantheraml.save:save_pretrained_gguf",
+    "push_to_hub_gguf": "pantheraml.save:push_to_hub_gguf",
+    "save_lora": "pantheraml.save:save_lora",
+    "fast_generate": "pantheraml.models.inference:fast_generate",
+}
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """Return the function that ``"module:function"`` names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _late(name: str, target: str) -> Callable[..., Any]:
+    @functools.wraps(_late, assigned=())
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return resolve(target)(self, *args, **kwargs)
+
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = f"See ``{target.replace(':', '.')}``."
+    return method
+
+
+def attach_methods(model: Any) -> None:
+    """Give ``model`` the methods of ``MODEL_METHODS``; PEFT wrappers need it again, since they are another object."""
+    for name, target in MODEL_METHODS.items():
+        object.__setattr__(model, name, types.MethodType(_late(name, target), model))
