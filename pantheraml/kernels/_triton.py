@@ -1,0 +1,55 @@
+"""Triton, or stand-ins that let the kernel files be read where Triton is not installed.
+
+Kernel files write ``from ._triton import jit, tl, triton``. Without Triton the decorated functions stay plain Python
+functions that nobody calls: ``dispatch.resolve`` answers "reference" there, or raises when Triton was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import triton as triton
+    import triton.language as tl
+
+    AVAILABLE: bool
+
+    def jit(function: Any = None, **options: Any) -> Any: ...
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+
+        def jit(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+            """Leave the function as it is; ``options`` are those of ``triton.jit``."""
+            return function if function is not None else lambda decorated: decorated
+
+        AVAILABLE = False
+    else:
+        jit = triton.jit
+        AVAILABLE = True
+
+
+@jit
+def _probe():
+    """Tells by its type whether kernels are compiled or interpreted."""
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
+    return AVAILABLE and not isinstance(_probe, triton.JITFunction)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one for a launch; Triton launches on the current device."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu" and tensor.device.index != torch.xpu.current_device():
+        return torch.xpu.device(tensor.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,380 @@
+"""fp8 matrices: quantisation by row and by 128 x 128 tile, transposed copies, and products of row-wise scaled matrices.
+
+fp8 matrix units contract along the contiguous dimension of both factors, so a weight ``W`` [O, I] that serves
+``y = x @ W.T`` must be laid out the other way round for ``dx = dy @ W``. Transposing the bytes moves half of what
+quantising again would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..device import get_device
+from ..errors import ArgumentError, ConfigError, UnsupportedError
+from . import dispatch
+from ._triton import jit, on_device, tl
+from ._variants import Variant, bfloat16_minimum
+from .reference import fp8 as reference
+from .utils import cdiv, fp8_dtype, launch_settings, require_floating, single_stride
+
+BLOCK = 128
+# Share of the copy bandwidth on an H100 at 8,192 x 4,096 from bf16: 16 warps 84 %, 8 warps 75 %, 4 warps 72 %.
+BLOCK_WARPS = 16
+# The same at 14,336 x 4,096 bytes: tiles of 128 with 8 warps 91 %, of 64 84 %, of 32 77 %.
+TRANSPOSE_TILE = 128
+TRANSPOSE_WARPS = 8
+# Matrix units take fp8 factors whose contracted and output widths are whole groups of 16.
+MATMUL_MULTIPLE = 16
+
+
+class Fp8Matrix(NamedTuple):
+    """A quantised matrix.
+
+    Attributes:
+        values: [..., D] (rows) or [M, N] (tiles), fp8.
+        scales: [..., 1] (rows) or [ceil(M / 128), ceil(N / 128)] (tiles), float32: number = value * scale.
+        transposed: [N, M] contiguous copy of the values, or None.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    transposed: torch.Tensor | None = None
+
+
+@jit
+def fp8_rows_kernel(
+    p_x, p_values, p_scales, rows, width, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Quantise ROWS rows, each with its own scale."""
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_column = tl.arange(0, BLOCK)
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_column < width)[None, :]
+    b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_max = tl.max(tl.abs(b_x), axis=1)
+    b_scale = tl.where(b_max > 0.0, tl.div_rn(b_max, LARGEST), 1.0)
+    b_y = tl.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape))
+    b_y = tl.minimum(tl.maximum(b_y, -LARGEST), LARGEST)
+    tl.store(p_scales + o_row, b_scale, mask=m_row)
+    p_out = p_values + o_row[:, None] * width + o_column[None, :]
+    tl.store(p_out, b_y.to(p_values.dtype.element_ty), mask=m_tile)
+
+
+@jit
+def fp8_tiles_kernel(p_x, p_values, p_scales, rows, width, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Quantise one BLOCK x BLOCK tile."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_column = tl.program_id(1).to(tl.int64)
+    o_row = i_row * BLOCK + tl.arange(0, BLOCK)
+    o_column = i_column * BLOCK + tl.arange(0, BLOCK)
+    m_tile = (o_row < rows)[:, None] & (o_column < width)[None, :]
+    b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    largest_x = tl.max(tl.max(tl.abs(b_x), axis=1), axis=0)
+    scale = tl.where(largest_x > 0.0, tl.div_rn(largest_x, LARGEST), 1.0)
+    b_y = tl.div_rn(b_x, tl.broadcast_to(scale, b_x.shape))
+    b_y = tl.minimum(tl.maximum(b_y, -LARGEST), LARGEST).to(p_values.dtype.element_ty)
+    tl.store(p_scales + i_row * tl.num_programs(1) + i_column, scale)
+    tl.store(p_values + o_row[:, None] * width + o_column[None, :], b_y, mask=m_tile)
+
+
+@jit
+def transpose_bytes_kernel(p_x, p_out, rows, width, stride, TILE: tl.constexpr):
+    """``out[j, i] = x[i, j]`` for one TILE x TILE tile of single bytes."""
+    o_row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    o_column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    m_tile = (o_row < rows)[:, None] & (o_column < width)[None, :]
+    b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0)
+    tl.store(p_out + o_column[:, None] * rows + o_row[None, :], tl.trans(b_x), mask=tl.trans(m_tile))
+
+
+def _quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return values, scales.fill_(1.0)
+    settings = launch_settings(width, where="fp8_quantize_rows")
+    x, rows, stride = single_stride(x)
+    with on_device(x):
+        fp8_rows_kernel[(cdiv(rows, settings.rows),)](
+            p_x=x,
+            p_values=values,
+            p_scales=scales,
+            rows=rows,
+            width=width,
+            stride=stride,
+            LARGEST=torch.finfo(dtype).max,
+            BLOCK=settings.block,
+            ROWS=settings.rows,
+            num_warps=settings.num_warps,
+        )
+    return values, scales
+
+
+def _quantize_tiles(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, width = x.shape
+    grid = (cdiv(rows, BLOCK), cdiv(width, BLOCK))
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = torch.empty(grid, dtype=torch.float32, device=x.device)
+    if x.numel():
+        with on_device(x):
+            fp8_tiles_kernel[grid](
+                p_x=x,
+                p_values=values,
+                p_scales=scales,
+                rows=rows,
+                width=width,
+                stride=x.stride(0),
+                LARGEST=torch.finfo(dtype).max,
+                BLOCK=BLOCK,
+                num_warps=BLOCK_WARPS,
+            )
+    return values, scales
+
+
+def _transpose(x: torch.Tensor) -> torch.Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, width = x.shape
+    out = torch.empty((width, rows), dtype=x.dtype, device=x.device)
+    if x.numel():
+        with on_device(x):
+            transpose_bytes_kernel[(cdiv(rows, TRANSPOSE_TILE), cdiv(width, TRANSPOSE_TILE))](
+                p_x=x.view(torch.uint8),
+                p_out=out.view(torch.uint8),
+                rows=rows,
+                width=width,
+                stride=x.stride(0),
+                TILE=TRANSPOSE_TILE,
+                num_warps=TRANSPOSE_WARPS,
+            )
+    return out
+
+
+def _require_matrix(op: str, x: torch.Tensor) -> None:
+    if x.dim() != 2:
+        raise ConfigError(f"{op} needs a matrix and got shape {list(x.shape)}", where=op)
+
+
+def fp8_quantize_rows(
+    x: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    transposed: bool = False,
+    backend: dispatch.Backend = "auto",
+) -> Fp8Matrix:
+    """Quantise each row of the last dimension with its own scale, ``max|row| / largest fp8`` (1 for a row of zeros).
+
+    Computed in float32 and rounded to the nearest fp8 once. Bitwise deterministic. No gradient.
+
+    Args:
+        x: [..., D], at least 16 bits.
+        dtype: fp8 dtype. Default None: the three-mantissa-bit one of the device.
+        transposed: Also return the values of a matrix [M, D] as [D, M]. Default False.
+        backend: See ``dispatch.resolve``.
+
+    Returns:
+        ``Fp8Matrix(values [..., D], scales [..., 1] float32, transposed)``.
+
+    Raises:
+        ConfigError: ``transposed`` with more than two dimensions.
+        ArgumentError: ``x`` is not of a floating-point dtype of at least 16 bits.
+    """
+    op = "fp8_quantize_rows"
+    require_floating(op, x=x)
+    if transposed:
+        _require_matrix(op, x)
+    x, dtype = x.detach(), dtype or fp8_dtype(x.device)
+    chosen = dispatch.resolve(op, x, backend, fp8=True)
+    if chosen == "reference":
+        values, scales = reference.quantize_rows(x if x.dtype == torch.float64 else x.float(), dtype)
+    else:
+        values, scales = _quantize_rows(x, dtype)
+    return Fp8Matrix(values, scales, fp8_transpose(values, backend=chosen) if transposed else None)
+
+
+def fp8_quantize_blocks(
+    x: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    transposed: bool = False,
+    backend: dispatch.Backend = "auto",
+) -> Fp8Matrix:
+    """Quantise a matrix with one scale a 128 x 128 tile.
+
+    DeepSeek-V3 (https://arxiv.org/abs/2412.19437) stores its weights so. Computed in float32 and
+    rounded to the nearest fp8 once. Bitwise deterministic. No gradient.
+
+    Args:
+        x: [M, N], at least 16 bits.
+        dtype: fp8 dtype. Default None: the three-mantissa-bit one of the device.
+        transposed: Also return the values as [N, M]. Default False.
+        backend: See ``dispatch.resolve``.
+
+    Returns:
+        ``Fp8Matrix(values [M, N], scales [ceil(M / 128), ceil(N / 128)] float32, transposed)``.
+
+    Raises:
+        ConfigError: ``x`` is no matrix.
+        ArgumentError: ``x`` is not of a floating-point dtype of at least 16 bits.
+    """
+    op = "fp8_quantize_blocks"
+    require_floating(op, x=x)
+    _require_matrix(op, x)
+    x, dtype = x.detach(), dtype or fp8_dtype(x.device)
+    chosen = dispatch.resolve(op, x, backend, fp8=True)
+    if chosen == "reference":
+        values, scales = reference.quantize_blocks(x, dtype, BLOCK)
+    else:
+        values, scales = _quantize_tiles(x, dtype)
+    return Fp8Matrix(values, scales, fp8_transpose(values, backend=chosen) if transposed else None)
+
+
+def fp8_transpose(x: torch.Tensor, *, backend: dispatch.Backend = "auto") -> torch.Tensor:
+    """Contiguous transpose of a matrix of a one-byte dtype.
+
+    Args:
+        x: [M, N], any one-byte dtype.
+        backend: See ``dispatch.resolve``.
+
+    Returns:
+        [N, M], contiguous.
+
+    Raises:
+        ConfigError: ``x`` is no matrix.
+        ArgumentError: Its elements are not single bytes.
+    """
+    op = "fp8_transpose"
+    _require_matrix(op, x)
+    if x.dtype.itemsize != 1:
+        raise ArgumentError(f"{op} moves single bytes and got {x.dtype}", where=op)
+    if dispatch.resolve(op, x, backend) == "reference":
+        return x.t().contiguous()
+    return _transpose(x)
+
+
+def fp8_dequantize(
+    matrix: Fp8Matrix, dtype: torch.dtype, *, block: int | None = None, backend: dispatch.Backend = "auto"
+) -> torch.Tensor:
+    """The numbers of a quantised matrix, multiplied out in float32 and rounded once, by eager torch on every device.
+
+    Args:
+        matrix: From ``fp8_quantize_rows`` or ``fp8_quantize_blocks``.
+        dtype: Dtype of the result.
+        block: Edge of a tile when the scales belong to tiles. Default None: row-wise.
+        backend: ``"auto"`` or ``"reference"``; there is no kernel.
+
+    Returns:
+        [..., D] in ``dtype``.
+
+    Raises:
+        UnsupportedError: ``backend="triton"``.
+    """
+    if backend == "triton":
+        raise UnsupportedError("fp8_dequantize has no Triton kernel", where="backend", hint="use backend='auto'")
+    if block is None:
+        return reference.dequantize_rows(matrix.values, matrix.scales, dtype)
+    return reference.dequantize_blocks(matrix.values, matrix.scales, dtype, block)
+
+
+def fp8_matmul(
+    x: Fp8Matrix,
+    weight: Fp8Matrix,
+    *,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    fast_accumulation: bool = True,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` of two row-wise scaled fp8 matrices by the matrix units.
+
+    Through ``torch._scaled_mm``. No gradient.
+
+    Args:
+        x: Values [..., I], scales [..., 1].
+        weight: Values [O, I], scales [O, 1]. I and O are multiples of 16.
+        bias: [O] or None (default).
+        out_dtype: Dtype of the result. Default bfloat16, the only one that row-wise scales take in the matrix units.
+        fast_accumulation: Let the matrix unit add in its own, slightly narrower, registers. Default True.
+        backend: ``"auto"`` and ``"triton"`` mean the matrix units; ``"reference"`` computes in float32 on any device.
+
+    Returns:
+        [..., O] in ``out_dtype``.
+
+    Raises:
+        ConfigError: Shapes or scales do not fit.
+        UnsupportedError: The device has no fp8 matrix units, or they cannot take these widths or this dtype.
+    """
+    op = "fp8_matmul"
+    _require_matrix(op, weight.values)
+    width, out = x.values.shape[-1], weight.values.shape[0]
+    if weight.values.shape[1] != width:
+        raise ConfigError(f"x {list(x.values.shape)} and weight {list(weight.values.shape)} do not fit", where=op)
+    if x.scales.shape != (*x.values.shape[:-1], 1) or weight.scales.shape != (out, 1):
+        raise ConfigError("the scales must be row-wise", where=op, hint="use fp8_quantize_rows")
+    values, scales = x.values.reshape(-1, width), x.scales.reshape(-1, 1)
+    if backend == "reference":
+        y = reference.matmul(values, scales, weight.values, weight.scales, bias, out_dtype)
+        return y.view(*x.values.shape[:-1], out)
+    reason = _matmul_obstacle(values, out, out_dtype)
+    if reason is not None:
+        raise UnsupportedError(f"{op} cannot run here", where=op, why=reason, hint="use backend='reference'")
+    y = torch._scaled_mm(
+        values,
+        weight.values.t(),
+        scale_a=scales,
+        scale_b=weight.scales.t(),
+        bias=None if bias is None else bias.to(out_dtype),
+        out_dtype=out_dtype,
+        use_fast_accum=fast_accumulation,
+    )
+    return y.view(*x.values.shape[:-1], out)
+
+
+def _matmul_obstacle(values: torch.Tensor, out: int, out_dtype: torch.dtype) -> str | None:
+    """Why the matrix units cannot take the product, or None."""
+    if values.device.type != "cuda" or not get_device().float8:
+        return f"{values.device} has no fp8 matrix units (compute capability 8.9 or later has)"
+    if values.shape[1] % MATMUL_MULTIPLE or out % MATMUL_MULTIPLE:
+        return f"widths {values.shape[1]} and {out} are not multiples of {MATMUL_MULTIPLE}"
+    if out_dtype != torch.bfloat16:
+        return f"row-wise scaled products give bfloat16, not {out_dtype}"
+    return None
+
+
+def variants() -> Iterator[Variant]:
+    """The compiled forms, for compilation ahead of time."""
+    sizes = {"rows": "i32", "width": "i32", "stride": "i64"}
+    settings = launch_settings(4096)
+    for fp8, least, amd, largest in (("fp8e4nv", 89, (), 448.0), ("fp8e4b8", None, ("gfx942",), 240.0)):
+        for dtype in ("fp16", "bf16"):
+            common = {"minimum": least and max(least, bfloat16_minimum(dtype)), "amd": amd}
+            pointers = {"p_x": f"*{dtype}", "p_values": f"*{fp8}", "p_scales": "*fp32", **sizes}
+            yield Variant(
+                f"fp8_rows-{dtype}-{fp8}",
+                fp8_rows_kernel,
+                pointers,
+                {"LARGEST": largest, "BLOCK": settings.block, "ROWS": settings.rows},
+                num_warps=settings.num_warps,
+                **common,
+            )
+            yield Variant(
+                f"fp8_tiles-{dtype}-{fp8}",
+                fp8_tiles_kernel,
+                pointers,
+                {"LARGEST": largest, "BLOCK": BLOCK},
+                num_warps=BLOCK_WARPS,
+                representative=dtype == "bf16",
+                **common,
+            )
+    yield Variant(
+        "fp8_transpose",
+        transpose_bytes_kernel,
+        {"p_x": "*u8", "p_out": "*u8", **sizes},
+        {"TILE": TRANSPOSE_TILE},
+        num_warps=TRANSPOSE_WARPS,
+        representative=True,
+    )

@@ -1,0 +1,8 @@
+"""LoRA layers with hand-written backward: one linear layer, the three of attention's input, and the gated MLP."""
+
+from __future__ import annotations
+
+from .lora_linear import Adapter, Projection, lora_linear, lora_qkv
+from .lora_mlp import lora_mlp
+
+__all__ = ["Adapter", "Projection", "lora_linear", "lora_mlp", "lora_qkv"]

@@ -1,0 +1,513 @@
+"""RMSNorm over the last dimension: ``y = x / sqrt(mean(x²) + eps) * weight``, forward and backward.
+
+Zhang & Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467. Everything is accumulated in
+float32. The gradient of the weight is a sum of partial sums in a fixed order, without atomics: the same bits in every
+run on the same chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..errors import ConfigError, UnsupportedError
+from . import dispatch
+from ._triton import jit, on_device, tl
+from ._variants import Variant, bfloat16_minimum
+from .reference.numerics import quantize_rows
+from .reference.rms_norm import rms_norm as rms_norm_reference
+from .utils import (
+    as_rows,
+    cdiv,
+    fp8_dtype,
+    launch_settings,
+    persistent_programs,
+    require_floating,
+    require_same_device,
+    require_shape,
+)
+
+CASTINGS = ("input", "float32")
+
+
+@jit(do_not_specialize=["count"])
+def _rms_norm_forward_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    rstd,
+    scale,
+    count,
+    width,
+    inner,
+    outer_stride,
+    inner_stride,
+    eps,
+    offset,
+    CAST_TO_INPUT: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``h = x [+ residual]; r = rsqrt(mean(h²) + eps); y = h * r * (offset + weight)``; float32 inside."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_col = tl.arange(0, BLOCK)
+    m_row = i_row < count
+    mask = m_row[:, None] & (o_col < width)[None, :]
+    o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
+    o_y = (i_row * width)[:, None] + o_col[None, :]
+
+    h = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
+    h_type = x.dtype.element_ty
+    if residual is not None:
+        h += tl.load(residual + o_x, mask=mask, other=0.0).to(tl.float32)
+        h_type = total.dtype.element_ty
+        h = h.to(h_type)
+        tl.store(total + o_y, h, mask=mask)
+        h = h.to(tl.float32)
+    r = tl.rsqrt(tl.sum(h * h, axis=1) / width + eps)
+    if rstd is not None:
+        tl.store(rstd + i_row, r, mask=m_row)
+    out = h * r[:, None]
+    if CAST_TO_INPUT:
+        out = out.to(h_type).to(tl.float32)
+    if weight is not None:
+        w = tl.load(weight + o_col, mask=o_col < width, other=0.0).to(tl.float32)
+        out = out * (w + offset)[None, :]
+    if scale is not None:
+        amax = tl.max(tl.abs(out), axis=1)
+        s = tl.where(amax > 0.0, amax / FP8_MAX, 1.0)
+        tl.store(scale + i_row, s, mask=m_row)
+        out = tl.clamp(out / s[:, None], -FP8_MAX, FP8_MAX)
+    tl.store(y + o_y, out.to(y.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["count", "tiles", "programs"])
+def _rms_norm_backward_kernel(
+    dy,
+    dtotal,
+    h,
+    weight,
+    rstd,
+    dx,
+    dweight,
+    count,
+    width,
+    inner,
+    outer_stride,
+    inner_stride,
+    offset,
+    tiles,
+    programs,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``g = dy * (offset + weight); dx = r * (g - x̂ * mean(g * x̂)) [+ dtotal]``; ``dweight[program] = sum dy * x̂``.
+
+    A program walks over tiles ``program, program + programs, ...``; its partial sum of dweight is float32.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    o_col = tl.arange(0, BLOCK)
+    m_col = o_col < width
+    w = tl.zeros((BLOCK,), tl.float32)
+    if weight is not None:
+        w = tl.load(weight + o_col, mask=m_col, other=0.0).to(tl.float32) + offset
+    b_dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i_tile in range(i_program, tiles, programs):
+        i_row = i_tile * ROWS + tl.arange(0, ROWS)
+        m_row = i_row < count
+        mask = m_row[:, None] & m_col[None, :]
+        o_h = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
+        o_y = (i_row * width)[:, None] + o_col[None, :]
+        g = tl.load(dy + o_y, mask=mask, other=0.0).to(tl.float32)
+        x_hat = tl.load(h + o_h, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + i_row, mask=m_row, other=0.0)
+        x_hat = x_hat * r[:, None]
+        if dweight is not None:
+            b_dw += g * x_hat
+        if weight is not None:
+            g = g * w[None, :]
+        out = (g - x_hat * (tl.sum(g * x_hat, axis=1) / width)[:, None]) * r[:, None]
+        if dtotal is not None:
+            out += tl.load(dtotal + o_y, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + o_y, out.to(dx.dtype.element_ty), mask=mask)
+    if dweight is not None:
+        tl.store(dweight + i_program * width + o_col, tl.sum(b_dw, axis=0), mask=m_col)
+
+
+class Forward(NamedTuple):
+    """What the forward launcher returns.
+
+    Attributes:
+        y: Normalised rows ``[..., D]``; fp8 when asked for.
+        total: ``x + residual``, or ``x`` itself.
+        rstd: ``[rows]`` float32, what the backward needs beside ``total`` and the weight; None when not asked for.
+        scales: ``[..., 1]`` float32 for fp8 output, else None.
+    """
+
+    y: torch.Tensor
+    total: torch.Tensor
+    rstd: torch.Tensor | None
+    scales: torch.Tensor | None
+
+
+def rms_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    casting: str,
+    residual: torch.Tensor | None = None,
+    *,
+    fp8: torch.dtype | None = None,
+    save: bool = True,
+) -> Forward:
+    """Launch the forward kernel; see ``rms_norm``. ``save`` keeps ``rstd``. For hand-written backward passes."""
+    width = x.shape[-1]
+    settings = launch_settings(width, where="rms_norm")
+    if residual is not None and x.stride() != residual.stride():
+        x, residual = x.contiguous(), residual.contiguous()
+    rows = as_rows(x)
+    if residual is not None:
+        residual = as_rows(residual).tensor
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    else:
+        total = x
+    out_dtype = total.dtype
+    if weight is not None:
+        weight = weight.contiguous()
+        if casting == "input":
+            out_dtype = torch.promote_types(out_dtype, weight.dtype)
+    y = torch.empty(x.shape, dtype=fp8 or out_dtype, device=x.device)
+    rstd = torch.empty(rows.count, dtype=torch.float32, device=x.device) if save else None
+    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if fp8 is not None else None
+    if rows.count:
+        with on_device(x):
+            _rms_norm_forward_kernel[(cdiv(rows.count, settings.rows),)](
+                x=rows.tensor,
+                residual=residual,
+                weight=weight,
+                y=y,
+                total=total if residual is not None else None,
+                rstd=rstd,
+                scale=scales,
+                count=rows.count,
+                width=width,
+                inner=rows.inner,
+                outer_stride=rows.outer_stride,
+                inner_stride=rows.inner_stride,
+                eps=eps,
+                offset=offset,
+                CAST_TO_INPUT=casting == "input",
+                FP8_MAX=torch.finfo(fp8).max if fp8 is not None else 0.0,
+                ROWS=settings.rows,
+                BLOCK=settings.block,
+                num_warps=settings.num_warps,
+            )
+    return Forward(y, total, rstd, scales)
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    dtotal: torch.Tensor | None = None,
+    *,
+    weight_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch the backward kernel.
+
+    Args:
+        dy: Gradient of the normalised output ``[..., D]``.
+        total: What was normalised ``[..., D]``.
+        weight: ``[D]`` or None.
+        rstd: ``[rows]`` float32 from the forward.
+        offset: As in the forward.
+        dtotal: Gradient that reaches ``total`` on the residual path, added to the result.
+        weight_grad: Whether to compute the gradient of the weight.
+
+    Returns:
+        Gradient of ``total`` in its dtype, and of the weight in its dtype or None.
+    """
+    width = total.shape[-1]
+    settings = launch_settings(width, where="rms_norm")
+    rows = as_rows(total)
+    dy = dy.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    tiles = cdiv(rows.count, settings.rows)
+    programs = min(persistent_programs(total, settings.num_warps), tiles) if weight_grad else tiles
+    partial = torch.empty((programs, width), dtype=torch.float32, device=total.device) if weight_grad else None
+    if rows.count:
+        with on_device(total):
+            _rms_norm_backward_kernel[(programs,)](
+                dy=dy,
+                dtotal=dtotal,
+                h=rows.tensor,
+                weight=weight,
+                rstd=rstd,
+                dx=dx,
+                dweight=partial,
+                count=rows.count,
+                width=width,
+                inner=rows.inner,
+                outer_stride=rows.outer_stride,
+                inner_stride=rows.inner_stride,
+                offset=offset,
+                tiles=tiles,
+                programs=programs,
+                ROWS=settings.rows,
+                BLOCK=settings.block,
+                num_warps=settings.num_warps,
+            )
+    if partial is None or weight is None:
+        return dx, None
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, residual, eps: float, offset: float, casting: str):  # type: ignore[override]
+        result = rms_norm_forward(x, weight, eps, offset, casting, residual)
+        ctx.save_for_backward(result.total, weight, result.rstd)
+        ctx.offset = offset
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return result.y if residual is None else (result.y, result.total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy, dtotal=None):  # type: ignore[override]
+        total, weight, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        dweight = None
+        if dy is None:
+            dx = dtotal
+        else:
+            dx, dweight = rms_norm_backward(
+                dy, total, weight, rstd, ctx.offset, dtotal, weight_grad=ctx.needs_input_grad[1]
+            )
+        dx_of_x = dx_of_residual = None
+        if dx is not None:
+            dx_of_x = dx.to(x_dtype) if ctx.needs_input_grad[0] else None
+            dx_of_residual = dx.to(residual_dtype) if ctx.needs_input_grad[2] else None
+        return dx_of_x, dweight, dx_of_residual, None, None, None
+
+
+def _check(op: str, x: torch.Tensor, weight, residual, offset: float, casting: str) -> None:
+    require_floating(op, x=x, weight=weight, residual=residual)
+    require_same_device(op, x=x, weight=weight, residual=residual)
+    if casting not in CASTINGS:
+        raise ConfigError(f"unknown casting {casting!r}", where=f"argument casting of {op}", hint="input or float32")
+    if offset and casting == "input":
+        raise ConfigError(
+            f"{op} adds the offset to a float32 weight only",
+            where=f"arguments offset={offset} and casting='input' of {op}",
+            hint="use casting='float32', as the model families with an offset do",
+        )
+    if weight is not None:
+        require_shape(op, "weight", weight, (x.shape[-1],))
+    if residual is not None:
+        require_shape(op, "residual", residual, tuple(x.shape))
+
+
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["input", "float32"] = "input",
+    residual: None = None,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["input", "float32"] = "input",
+    residual: torch.Tensor,
+    backend: dispatch.Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["input", "float32"] = "input",
+    residual: torch.Tensor | None = None,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square normalisation over the last dimension, with an optional residual addition before it.
+
+    With ``h = x`` or ``x + residual`` and ``x̂ = h * rsqrt(mean(h²) + eps)`` in float32:
+
+    - ``casting="input"`` (Llama, Qwen, Mistral): ``weight * x̂.to(h.dtype)``
+    - ``casting="float32"`` (Gemma with ``offset=1.0``; OLMo 2 and gpt-oss with 0.0): ``((offset + weight) *
+      x̂).to(h.dtype)``
+
+    Args:
+        x: ``[..., D]``, float32, float16 or bfloat16 (also float64 on the reference), any strides; two row strides and
+            a contiguous last dimension are read in place, other layouts are copied. ``D <= 65,536`` on Triton.
+        weight: ``[D]`` or None for 1. Its gradient is computed only when it requires one.
+        eps: Added to the mean square.
+        offset: Added to the weight in float32; needs ``casting="float32"``.
+        casting: Where the result is rounded, see above.
+        residual: ``[..., D]``, added to ``x`` first.
+        backend: See ``dispatch.resolve``.
+
+    Returns:
+        ``y`` of the shape of ``x``; with ``residual``, ``(y, x + residual)``. ``y`` has the dtype of ``h``, promoted
+        with the weight's under ``casting="input"``.
+
+    Raises:
+        ConfigError: A shape or ``casting`` is wrong.
+        ArgumentError: A dtype is not floating point, or the devices differ.
+        UnsupportedError: ``D`` is too large for the kernel.
+
+    Deterministic. Saves ``h``, the weight and one float32 a row for the backward.
+    """
+    _check("rms_norm", x, weight, residual, offset, casting)
+    if dispatch.resolve("rms_norm", x, backend) == "reference":
+        return rms_norm_reference(x, weight, eps, offset=offset, casting=casting, residual=residual)
+    return _RMSNorm.apply(x, weight, residual, eps, offset, casting)
+
+
+class Fp8Norm(NamedTuple):
+    """Result of ``rms_norm_fp8``.
+
+    Attributes:
+        values: ``[..., D]`` fp8.
+        scales: ``[..., 1]`` float32; ``values * scales`` is the normalised tensor.
+        total: ``x + residual``, or ``x`` itself.
+        rstd: ``[rows]`` float32 for ``rms_norm_backward``.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    total: torch.Tensor
+    rstd: torch.Tensor
+
+
+def rms_norm_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["input", "float32"] = "input",
+    residual: torch.Tensor | None = None,
+    backend: dispatch.Backend = "auto",
+) -> Fp8Norm:
+    """RMSNorm whose output is quantised row by row to fp8, for a following fp8 matrix product.
+
+    The float32 result is quantised without rounding to the input's dtype in between: ``scale = max|y| / fp8_max``.
+    Arguments as in ``rms_norm``. It has no autograd of its own: call it where gradients are off, as inside a
+    hand-written ``autograd.Function``, and use ``rms_norm_backward`` there.
+
+    Returns:
+        See ``Fp8Norm``. The fp8 dtype is e4m3fn, or e4m3fnuz on AMD's gfx94x.
+
+    Raises:
+        UnsupportedError: An input requires a gradient while gradients are recorded.
+    """
+    op = "rms_norm_fp8"
+    _check(op, x, weight, residual, offset, casting)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+        raise UnsupportedError(
+            f"{op} is not differentiable by autograd", hint="call it under torch.no_grad() with rms_norm_backward"
+        )
+    fp8 = fp8_dtype(x.device)
+    if dispatch.resolve(op, x, backend, fp8=True) == "triton":
+        result = rms_norm_forward(x, weight, eps, offset, casting, residual, fp8=fp8)
+        assert result.scales is not None
+        assert result.rstd is not None
+        return Fp8Norm(result.y, result.scales, result.total, result.rstd)
+    total = x if residual is None else x + residual
+    # Widening first keeps the result unrounded; the rounding of x̂ that "input" asks for is repeated by hand.
+    wide = total.float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_hat = wide * rstd
+    if casting == "input":
+        x_hat = x_hat.to(total.dtype).float()
+    y = x_hat if weight is None else x_hat * (offset + weight.float())
+    return Fp8Norm(*quantize_rows(y, fp8), total, rstd.reshape(-1))
+
+
+def variants() -> Iterator[Variant]:
+    """Forms of the kernels for ahead-of-time compilation."""
+    integers = dict.fromkeys(("count", "width", "inner", "outer_stride", "inner_stride"), "i32")
+    settings = launch_settings(4096)
+    tile = {"ROWS": settings.rows, "BLOCK": settings.block}
+    for dtype in ("fp16", "bf16", "fp32"):
+        pointer = f"*{dtype}"
+        forward = {
+            "x": pointer,
+            "weight": pointer,
+            "y": pointer,
+            "rstd": "*fp32",
+            **integers,
+            "eps": "fp32",
+            "offset": "fp32",
+        }
+        minimum = bfloat16_minimum(dtype)
+        for form, arguments, constants in (
+            ("llama", {}, {"residual": None, "total": None, "scale": None, "CAST_TO_INPUT": True, "FP8_MAX": 0.0}),
+            (
+                "gemma-residual",
+                {"residual": pointer, "total": pointer},
+                {"scale": None, "CAST_TO_INPUT": False, "FP8_MAX": 0.0},
+            ),
+        ):
+            yield Variant(
+                f"rms_norm_forward-{dtype}-{form}",
+                _rms_norm_forward_kernel,
+                forward | arguments,
+                constants | tile,
+                settings.num_warps,
+                minimum=minimum,
+                representative=form == "gemma-residual" and dtype == "bf16",
+            )
+        backward = dict.fromkeys(("dy", "h", "weight", "dx"), pointer)
+        backward |= {"rstd": "*fp32", **integers, "offset": "fp32", "tiles": "i32", "programs": "i32"}
+        for form, arguments, constants in (
+            ("frozen", {}, {"dtotal": None, "dweight": None}),
+            ("trained-residual", {"dtotal": pointer, "dweight": "*fp32"}, {}),
+        ):
+            yield Variant(
+                f"rms_norm_backward-{dtype}-{form}",
+                _rms_norm_backward_kernel,
+                backward | arguments,
+                constants | tile,
+                settings.num_warps,
+                minimum=minimum,
+                representative=form == "trained-residual" and dtype == "bf16",
+            )
+    for fp8, least, amd, largest in (("fp8e4nv", 89, (), 448.0), ("fp8e4b8", None, ("gfx942",), 240.0)):
+        yield Variant(
+            f"rms_norm_forward-bf16-{fp8}",
+            _rms_norm_forward_kernel,
+            {"x": "*bf16", "weight": "*bf16", "y": f"*{fp8}", "rstd": "*fp32", "scale": "*fp32", **integers}
+            | {"eps": "fp32", "offset": "fp32"},
+            {"residual": None, "total": None, "CAST_TO_INPUT": True, "FP8_MAX": largest} | tile,
+            settings.num_warps,
+            minimum=least,
+            amd=amd,
+        )

@@ -1,0 +1,445 @@
+"""Rotary position embedding on q and k in one launch, forward and backward.
+
+Su et al., "RoFormer", https://arxiv.org/abs/2104.09864; sections as in Qwen2-VL, https://arxiv.org/abs/2409.12191. With
+``rotate(x1, x2) = (-x2, x1)`` over halves or pairs of the last dimension: ``y = x * cos + rotate(x) * sin``, computed
+in float32 and rounded once. The backward is the transposed rotation and saves only cos and sin. Deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..errors import ArgumentError, ConfigError, UnsupportedError
+from . import dispatch
+from ._triton import jit, on_device, tl
+from ._variants import Variant, bfloat16_minimum
+from .reference.rotary import rotary as rotary_reference
+from .utils import cdiv, next_power_of_2, require_floating, require_same_device, require_shape
+
+LAYOUTS = ("half", "interleaved")
+# Elements a program turns: eight heads of 128 channels, with two warps 16 elements a thread.
+TILE = 1024
+ELEMENTS_PER_WARP = 512
+
+
+@jit
+def _rotate_heads(
+    x,
+    y,
+    heads,
+    x_stride,
+    y_stride,
+    o_head,
+    c_1,
+    c_2,
+    s_1,
+    s_2,
+    half,
+    rest,
+    INTERLEAVED: tl.constexpr,
+    COPY_REST: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """``y1 = x1 c1 - x2 s1; y2 = x2 c2 + x1 s2`` for some heads of one token; channels beyond are copied."""
+    o_half = tl.arange(0, HALF)
+    m_head = o_head < heads
+    mask = m_head[:, None] & (o_half < half)[None, :]
+    o_x = o_head[:, None] * x_stride
+    o_y = o_head[:, None] * y_stride
+    # Pairs are loaded and stored as flat rows and parted in registers, which keeps the accesses wide.
+    o_flat = tl.arange(0, 2 * HALF)
+    m_flat = m_head[:, None] & (o_flat < 2 * half)[None, :]
+    if INTERLEAVED:
+        flat = tl.load(x + o_x + o_flat[None, :], mask=m_flat, other=0.0).to(tl.float32)
+        x_1, x_2 = tl.split(tl.reshape(flat, (HEADS, HALF, 2)))
+    else:
+        x_1 = tl.load(x + o_x + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_2 = tl.load(x + o_x + half + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
+    y_1 = (x_1 * c_1[None, :] - x_2 * s_1[None, :]).to(y.dtype.element_ty)
+    y_2 = (x_2 * c_2[None, :] + x_1 * s_2[None, :]).to(y.dtype.element_ty)
+    if INTERLEAVED:
+        flat = tl.reshape(tl.join(y_1, y_2), (HEADS, 2 * HALF))
+        tl.store(y + o_y + o_flat[None, :], flat, mask=m_flat)
+    else:
+        tl.store(y + o_y + o_half[None, :], y_1, mask=mask)
+        tl.store(y + o_y + half + o_half[None, :], y_2, mask=mask)
+    if COPY_REST:
+        o_rest = tl.arange(0, REST)
+        m_rest = m_head[:, None] & (o_rest < rest)[None, :]
+        value = tl.load(x + o_x + 2 * half + o_rest[None, :], mask=m_rest, other=0.0)
+        tl.store(y + o_y + 2 * half + o_rest[None, :], value, mask=m_rest)
+
+
+@jit(do_not_specialize=["tokens"])
+def _rotary_kernel(
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    position_ids,
+    tokens,
+    q_heads,
+    k_heads,
+    q_blocks,
+    k_blocks,
+    half,
+    rest,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    qo_batch,
+    qo_head,
+    qo_token,
+    ko_batch,
+    ko_head,
+    ko_token,
+    cos_axis,
+    cos_batch,
+    cos_row,
+    position_axis,
+    position_batch,
+    position_token,
+    section_1,
+    section_2,
+    INTERLEAVED: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    COPY_REST: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One program turns up to HEADS heads of q or of k of one token; ``tokens`` is the length of a sequence."""
+    # divided in 32 bits, where a division is cheap
+    i_program = tl.program_id(0)
+    i_block = i_program % (q_blocks + k_blocks)
+    i_row = i_program // (q_blocks + k_blocks)
+    i_batch = (i_row // tokens).to(tl.int64)
+    i_token = (i_row % tokens).to(tl.int64)
+
+    o_half = tl.arange(0, HALF)
+    m_half = o_half < half
+    if SECTIONS:
+        i_axis = tl.where(o_half < section_1, 0, tl.where(o_half < section_2, 1, 2)).to(tl.int64)
+    else:
+        i_axis = tl.zeros((HALF,), tl.int64)
+    if position_ids is not None:
+        o_position = i_axis * position_axis + i_batch * position_batch + i_token * position_token
+        o_cos = tl.load(position_ids + o_position, mask=m_half, other=0).to(tl.int64) * cos_row
+    else:
+        o_cos = i_axis * cos_axis + i_batch * cos_batch + i_token * cos_row
+    if INTERLEAVED:
+        o_first = o_cos + 2 * o_half
+        o_second = o_first + 1
+    else:
+        o_first = o_cos + o_half
+        o_second = o_first + half
+    c_1 = tl.load(cos + o_first, mask=m_half, other=0.0).to(tl.float32)
+    c_2 = tl.load(cos + o_second, mask=m_half, other=0.0).to(tl.float32)
+    s_1 = tl.load(sin + o_first, mask=m_half, other=0.0).to(tl.float32)
+    s_2 = tl.load(sin + o_second, mask=m_half, other=0.0).to(tl.float32)
+    if BACKWARD:
+        transposed = s_1
+        s_1 = -s_2
+        s_2 = -transposed
+
+    if i_block < q_blocks:
+        _rotate_heads(
+            q + i_batch * q_batch + i_token * q_token,
+            q_out + i_batch * qo_batch + i_token * qo_token,
+            q_heads,
+            q_head,
+            qo_head,
+            i_block * HEADS + tl.arange(0, HEADS),
+            c_1,
+            c_2,
+            s_1,
+            s_2,
+            half,
+            rest,
+            INTERLEAVED,
+            COPY_REST,
+            HEADS,
+            HALF,
+            REST,
+        )
+    else:
+        _rotate_heads(
+            k + i_batch * k_batch + i_token * k_token,
+            k_out + i_batch * ko_batch + i_token * ko_token,
+            k_heads,
+            k_head,
+            ko_head,
+            (i_block - q_blocks) * HEADS + tl.arange(0, HEADS),
+            c_1,
+            c_2,
+            s_1,
+            s_2,
+            half,
+            rest,
+            INTERLEAVED,
+            COPY_REST,
+            HEADS,
+            HALF,
+            REST,
+        )
+
+
+class Angles(NamedTuple):
+    """Where each token finds its cos and sin.
+
+    Attributes:
+        cos: Contiguous last dimension; ``[P, R]`` with ``position_ids``, else ``[axes, batch, T, R]`` by its strides.
+        sin: As ``cos``, with the same strides.
+        position_ids: ``[axes, batch, T]`` integers, or None.
+        layout: ``half`` or ``interleaved``.
+        sections: Channels of each of three axes, or None.
+        head_axis: 1 for ``[B, H, T, D]``, 2 for ``[B, T, H, D]``.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position_ids: torch.Tensor | None
+    layout: str
+    sections: tuple[int, int, int] | None
+    head_axis: int
+
+
+def rotary_launch(
+    q: torch.Tensor, k: torch.Tensor, angles: Angles, *, backward: bool = False, inplace: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel on q and k, or, with ``backward``, on their gradients. For hand-written backward passes."""
+    if not inplace:
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
+    head, token = (1, 2) if angles.head_axis == 1 else (2, 1)
+    half = angles.cos.shape[-1] // 2
+    rest = q.shape[-1] - 2 * half
+    block = next_power_of_2(half)
+    q_heads, k_heads = q.shape[head], k.shape[head]
+    heads = min(max(TILE // (2 * block), 1), next_power_of_2(max(q_heads, k_heads)))
+    q_blocks, k_blocks = cdiv(q_heads, heads), cdiv(k_heads, heads)
+    cos, positions = angles.cos, angles.position_ids
+    programs = q.shape[0] * q.shape[token] * (q_blocks + k_blocks)
+    sections = angles.sections or (0, 0, 0)
+    if programs:
+        with on_device(q):
+            _rotary_kernel[(programs,)](
+                q=q,
+                k=k,
+                q_out=q_out,
+                k_out=k_out,
+                cos=cos,
+                sin=angles.sin,
+                position_ids=positions,
+                tokens=q.shape[token],
+                q_heads=q_heads,
+                k_heads=k_heads,
+                q_blocks=q_blocks,
+                k_blocks=k_blocks,
+                half=half,
+                rest=rest,
+                q_batch=q.stride(0),
+                q_head=q.stride(head),
+                q_token=q.stride(token),
+                k_batch=k.stride(0),
+                k_head=k.stride(head),
+                k_token=k.stride(token),
+                qo_batch=q_out.stride(0),
+                qo_head=q_out.stride(head),
+                qo_token=q_out.stride(token),
+                ko_batch=k_out.stride(0),
+                ko_head=k_out.stride(head),
+                ko_token=k_out.stride(token),
+                cos_axis=cos.stride(0) if positions is None else 0,
+                cos_batch=cos.stride(1) if positions is None else 0,
+                cos_row=cos.stride(-2),
+                position_axis=positions.stride(0) if positions is not None else 0,
+                position_batch=positions.stride(1) if positions is not None else 0,
+                position_token=positions.stride(2) if positions is not None else 0,
+                section_1=sections[0],
+                section_2=sections[0] + sections[1],
+                INTERLEAVED=angles.layout == "interleaved",
+                SECTIONS=angles.sections is not None,
+                BACKWARD=backward,
+                COPY_REST=rest > 0 and not inplace,
+                HEADS=heads,
+                HALF=block,
+                REST=next_power_of_2(rest),
+                num_warps=max(heads * 2 * block // ELEMENTS_PER_WARP, 1),
+            )
+    return q_out, k_out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, angles: Angles, inplace: bool):  # type: ignore[override]
+        ctx.save_for_backward(angles.cos, angles.sin, angles.position_ids)
+        ctx.options = angles[3:]
+        q_out, k_out = rotary_launch(q, k, angles, inplace=inplace)
+        if inplace:
+            # A producer that kept q or k for its own backward must notice that the values are gone.
+            torch.autograd.graph.increment_version((q, k))
+            return q_out.detach(), k_out.detach()
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq, dk):  # type: ignore[override]
+        dq, dk = rotary_launch(dq, dk, Angles(*ctx.saved_tensors, *ctx.options), backward=True)
+        return dq, dk, None, None
+
+
+def make_angles(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    layout: str = "half",
+    position_ids: torch.Tensor | None = None,
+    sections: Sequence[int] | None = None,
+    head_axis: int = 1,
+) -> Angles:
+    """Check the arguments of ``rotary`` and bring cos, sin and position ids into the form that the kernel reads."""
+    require_floating("rotary", q=q, k=k, cos=cos, sin=sin)
+    require_same_device("rotary", q=q, k=k, cos=cos, sin=sin, position_ids=position_ids)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}", where="argument layout of rotary", hint="half or interleaved")
+    if head_axis not in (1, 2):
+        raise ConfigError(f"the heads lie on axis 1 or 2, not {head_axis}", where="argument head_axis of rotary")
+    if q.dim() != 4 or k.dim() != 4:
+        raise ConfigError("rotary needs q and k with four dimensions", where=f"q {tuple(q.shape)}, k {tuple(k.shape)}")
+    batch, length, width = q.shape[0], q.shape[3 - head_axis], q.shape[3]
+    expected = list(q.shape)
+    expected[head_axis] = k.shape[head_axis]
+    require_shape("rotary", "k", k, tuple(expected))
+    if q.dtype != k.dtype:
+        raise ArgumentError(f"q is {q.dtype} and k is {k.dtype}", where="arguments q and k of rotary")
+    require_shape("rotary", "sin", sin, tuple(cos.shape))
+    if cos.requires_grad or sin.requires_grad:
+        raise UnsupportedError("rotary gives no gradient for cos and sin", hint="detach them")
+    turned = cos.shape[-1]
+    if turned % 2 or turned > width:
+        raise ConfigError(f"cos has {turned} channels and the heads have {width}", where="argument cos of rotary")
+    if sections is not None and (len(sections) != 3 or sum(sections) != turned // 2):
+        raise ConfigError(
+            f"three sections must add up to {turned // 2} and are {tuple(sections)}",
+            where="argument sections of rotary",
+        )
+    axes = 1 if sections is None else 3
+    shapes = [(axes, n, length) for n in {1, batch}] if axes == 3 else [(length,), *((n, length) for n in {1, batch})]
+    table = cos if position_ids is None else position_ids
+    given = tuple(table.shape[:-1]) if position_ids is None else tuple(table.shape)
+    name = "cos" if position_ids is None else "position_ids"
+    if given not in shapes:
+        raise ConfigError(
+            f"rotary needs {name} of leading shape {' or '.join(map(str, shapes))} and got {given}",
+            where=f"argument {name} of rotary",
+        )
+    if position_ids is not None and cos.dim() != 2:
+        raise ConfigError(
+            f"with position_ids, cos is a table [positions, R], not {tuple(cos.shape)}", where="argument cos of rotary"
+        )
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if position_ids is None:
+        cos, sin = (t.expand(axes, batch, length, turned) for t in (cos, sin))
+    else:
+        position_ids = position_ids.expand(axes, batch, length)
+    parts = None if sections is None else (sections[0], sections[1], sections[2])
+    return Angles(cos, sin, position_ids, layout, parts, head_axis)
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    layout: Literal["half", "interleaved"] = "half",
+    position_ids: torch.Tensor | None = None,
+    sections: Sequence[int] | None = None,
+    head_axis: int = 1,
+    inplace: bool = False,
+    backend: dispatch.Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding ``x * cos + rotate(x) * sin`` of q and k.
+
+    Args:
+        q: ``[B, H, T, D]`` or, with ``head_axis=2``, ``[B, T, H, D]``; float32, float16 or bfloat16 (also float64 on
+            the reference). Any strides with a contiguous last dimension are read in place.
+        k: Like q, with its own number of heads.
+        cos: ``[T, R]``, ``[1, T, R]`` or ``[B, T, R]``, any floating dtype; or a table ``[P, R]`` with
+            ``position_ids``. ``R`` is even and at most D: the channels beyond R pass unchanged (partial rotary). All R
+            channels are read, in the layout's order, as transformers gives them. With ``sections``, ``[3, 1 or B, T,
+            R]``.
+        sin: Like cos.
+        layout: ``"half"`` turns channel ``i`` with ``i + R/2`` (Llama), ``"interleaved"`` ``2 i`` with ``2 i + 1``
+            (GLM, Cohere).
+        position_ids: ``[T]``, ``[1, T]`` or ``[B, T]`` integers in ``[0, P)``, which restart at each document of a
+            packed row; ``[3, 1 or B, T]`` with ``sections``. Not range-checked on a GPU.
+        sections: Multi-section rotary: how many of the R/2 frequencies follow the temporal, height and width positions.
+        head_axis: Which axis of q and k counts the heads.
+        inplace: Overwrite q and k. A producer that saved their values for its backward then fails loudly there.
+        backend: See ``dispatch.resolve``.
+
+    Returns:
+        Turned q and k in their own dtype, memory layout kept.
+
+    Raises:
+        ConfigError: A shape or option is wrong, or ``inplace`` meets strides it cannot write.
+        ArgumentError: Dtypes or devices differ.
+        UnsupportedError: cos or sin requires a gradient, or ``inplace`` would overwrite a trained leaf.
+
+    Deterministic.
+    """
+    options = {"layout": layout, "position_ids": position_ids, "sections": sections, "head_axis": head_axis}
+    angles = make_angles(q, k, cos, sin, **options)
+    if inplace:
+        if q.stride(-1) != 1 or k.stride(-1) != 1:
+            raise ConfigError("rotary in place needs a contiguous last dimension", where="argument inplace of rotary")
+        if torch.is_grad_enabled() and any(x.requires_grad and x.is_leaf for x in (q, k)):
+            raise UnsupportedError("rotary cannot overwrite a leaf that requires a gradient", hint="use inplace=False")
+    if dispatch.resolve("rotary", q, backend) == "triton":
+        return _Rotary.apply(q, k, angles, inplace)
+    q_out, k_out = rotary_reference(q, k, cos, sin, **options)
+    return (q.copy_(q_out), k.copy_(k_out)) if inplace else (q_out, k_out)
+
+
+def variants() -> Iterator[Variant]:
+    """Forms of the kernel for ahead-of-time compilation."""
+    strides = [f"{x}_{axis}" for x in ("q", "k", "qo", "ko") for axis in ("batch", "head", "token")]
+    names = ["tokens", "q_heads", "k_heads", "q_blocks", "k_blocks", "half", "rest", *strides]
+    names += ["cos_axis", "cos_batch", "cos_row", "position_axis", "position_batch", "position_token"]
+    integers = dict.fromkeys([*names, "section_1", "section_2"], "i32")
+    for dtype in ("fp16", "bf16", "fp32"):
+        pointers = dict.fromkeys(("q", "k", "q_out", "k_out", "cos", "sin"), f"*{dtype}")
+        for form, arguments, flags in (
+            ("half", {}, (False, False, False, False)),
+            ("half-backward", {}, (False, False, True, False)),
+            ("interleaved-partial-positions", {"position_ids": "*i64"}, (True, False, False, True)),
+            ("half-sections-positions", {"position_ids": "*i64"}, (False, True, False, False)),
+        ):
+            constants = dict(zip(("INTERLEAVED", "SECTIONS", "BACKWARD", "COPY_REST"), flags))
+            constants |= {"HEADS": 8, "HALF": 64, "REST": 64}
+            yield Variant(
+                f"rotary-{dtype}-{form}",
+                _rotary_kernel,
+                pointers | arguments | integers,
+                constants if arguments else constants | {"position_ids": None},
+                2,
+                minimum=bfloat16_minimum(dtype),
+                representative=form == "interleaved-partial-positions" and dtype == "bf16",
+            )
