@@ -1,0 +1,1 @@
+"""Fused building blocks: for each role, how it is recognised, and the forward that serves it."""

@@ -1,0 +1,139 @@
+"""PEFT's LoRA layers through the fused projections, as long as they mean plain LoRA on a frozen base.
+
+Whether they do is asked at every call, since adapters are enabled, disabled, switched, merged and put into evaluation
+while a model lives. DoRA and other variants, dropout in training, mixed batches, trained bases and hooked layers run
+PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import kernels
+from ...kernels.lora_linear import Adapter, Projection
+from ...kernels.reference.nf4 import Quantized4Bit
+from ..roles import is_lora, plain_tensor
+from .slots import Swap, stock_forward
+
+_PACKED = "_pantheraml_quantized"
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies ``x``: autocast's where it is on, else the input's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _untouched(layer: nn.Module) -> bool:
+    """Whether calling a layer does nothing but its class's forward."""
+    return not (
+        "forward" in layer.__dict__
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def _base_weight(layer: nn.Module) -> torch.Tensor | Quantized4Bit | None:
+    """The frozen weight of a linear layer, dense or 4-bit; None for any other kind."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.requires_grad or not _untouched(layer):
+        return None
+    if type(layer) is nn.Linear:
+        return weight if plain_tensor(weight) else None
+    state = getattr(weight, "quant_state", None)
+    if type(layer).__name__ != "Linear4bit" or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    cached = layer.__dict__.get(_PACKED)
+    if cached is None or cached[0] != weight.data_ptr():
+        cached = (weight.data_ptr(), Quantized4Bit.from_quant_state(weight.data, state))
+        layer.__dict__[_PACKED] = cached
+    return cached[1]
+
+
+def projection_of(module: nn.Module, x: torch.Tensor) -> Projection | None:
+    """Describe a LoRA layer, or a plain frozen linear layer, for the fused ops.
+
+    Args:
+        module: A child of an attention or MLP block.
+        x: The input it is about to be given.
+
+    Returns:
+        The projection; None when the module has to run its own forward to keep its meaning.
+    """
+    if not is_lora(module):
+        return _plain(module, x)
+    layer: Any = module
+    if layer.disable_adapters or layer.merged or not _untouched_lora(layer):
+        return None
+    weight = _base_weight(layer.base_layer)
+    if weight is None:
+        return None
+    dtype = compute_dtype(x)
+    adapters = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        dropout = layer.lora_dropout[name]
+        active_dropout = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
+        plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
+        if name in layer.lora_variant or active_dropout or not plain or not (_untouched(A) and _untouched(B)):
+            return None
+        if not plain_tensor(A.weight) or not plain_tensor(B.weight):
+            return None
+        # Outside autocast PEFT computes the update in the adapter's own dtype.
+        if not torch.is_autocast_enabled(x.device.type) and A.weight.dtype != dtype:
+            return None
+        adapters.append(Adapter(A.weight, B.weight, float(layer.scaling[name])))
+    return Projection(weight, tuple(adapters), layer.base_layer.bias) if adapters else None
+
+
+def _untouched_lora(layer: nn.Module) -> bool:
+    # The layer's own instance forward is the swap below.
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _plain(module: nn.Module, x: torch.Tensor) -> Projection | None:
+    weight = _base_weight(module)
+    # Without autocast a frozen layer of another dtype raises in torch; that is for its own forward to say.
+    if weight is None or weight.dtype != compute_dtype(x):
+        return None
+    return Projection(weight, (), getattr(module, "bias", None))
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a swapped LoRA layer: ``x [..., in_features]`` to ``[..., out_features]``."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    projection = projection_of(self, x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+    if projection is None or x is None:
+        return stock_forward(self, *args, **kwargs)
+    first, *more = projection.adapters
+    return kernels.lora_linear(
+        x.to(compute_dtype(x)),
+        projection.weight,
+        first.A,
+        first.B,
+        first.scaling,
+        bias=projection.bias,
+        adapters=more,
+    )
+
+
+def plan(module: Any) -> Swap | str:
+    """Decide whether a LoRA layer can ever take the fused path.
+
+    Args:
+        module: A LoRA layer of PEFT.
+
+    Returns:
+        What to install, or why the module keeps its forward.
+    """
+    base = module.base_layer
+    if type(base) is not nn.Linear and type(base).__name__ != "Linear4bit":
+        return f"no fused path for LoRA on {type(base).__name__}"
+    return Swap("lora", "lora_linear", None, forward)

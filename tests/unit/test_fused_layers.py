@@ -1,0 +1,207 @@
+"""Fused attention and fused LoRA layers against the stock forwards: losses, gradients, and what adapters mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny
+from peft import LoraConfig, get_peft_model
+
+from pantheraml.models.adapt import adapt, restore
+from pantheraml.models.layers import attention, lora
+from pantheraml.models.roles import looks_like_attention
+
+IDS = torch.arange(3, 43).view(4, 10)
+MASK = torch.ones_like(IDS)
+MASK[1, 7:] = 0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+HEADS = {"head_dim": 16}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {},
+    "qwen3": HEADS,
+    "gemma2": {**HEADS, "sliding_window": 4},
+    "gemma3_text": {**HEADS, "sliding_window": 4},
+    "granite": {},
+    "olmo2": {},
+    "cohere": {},
+    "glm": HEADS,
+    "stablelm": {},
+    "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "qwen3_moe": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+def step(model):
+    model.zero_grad()
+    labels = IDS.masked_fill(MASK == 0, -100)
+    loss = model(input_ids=IDS, attention_mask=MASK, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
+    assert got[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(got[1][name], grad, rtol=1e-4, atol=2e-6 * grad.abs().max().item() + 1e-9, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_equals_stock(family):
+    model = make_tiny(family, **FAMILIES[family])
+    expected = step(model)
+    report = adapt(model)
+    assert sum(entry.role == "attention" for entry in report.swapped) == model.config.num_hidden_layers
+    assert_same(step(model), expected)
+    restore(model)
+    assert_same(step(model), expected)
+
+
+def test_generation_with_a_cache_equals_stock():
+    model = make_tiny("llama").eval()
+    stock = model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False)
+    adapt(model)
+    assert torch.equal(model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False), stock)
+
+
+def test_attention_learns_what_the_family_tells_its_attention_function():
+    module = next(m for m in make_tiny("mistral", sliding_window=4).modules() if looks_like_attention(m))
+    plan = attention.plan(module).plan
+    assert dict(plan.evaluation) == {"dropout": 0.0, "scaling": 0.25, "sliding_window": 4}
+    sinks = next(m for m in make_tiny("gpt_oss", **FAMILIES["gpt_oss"]).modules() if looks_like_attention(m))
+    assert attention.plan(sinks).plan.keywords(sinks)["s_aux"] is sinks.sinks
+
+
+def test_an_attention_that_computes_something_else_is_left():
+    class Odd(torch.nn.Module):
+        def __init__(self, real):
+            super().__init__()
+            self.__dict__.update({k: v for k, v in vars(real).items() if not k.startswith("_")})
+            for name, child in real.named_children():
+                self.add_module(name, child)
+
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+            q = self.q_proj(hidden_states * 2)
+            return self.o_proj(q), None
+
+    real = next(m for m in make_tiny("llama").modules() if looks_like_attention(m))
+    assert isinstance(attention.plan(Odd(real)), str)
+
+
+def peft_model(family="llama", **config):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        make_tiny(family),
+        LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **config),
+    )
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
+def test_lora_equals_peft(family):
+    model = peft_model(family)
+    expected = step(model)
+    report = adapt(model)
+    assert sum(entry.role == "lora" for entry in report.swapped) == 7 * model.config.num_hidden_layers
+    assert_same(step(model), expected)
+
+
+def test_fused_projections_are_really_used(monkeypatch):
+    model = peft_model()
+    adapt(model)
+    calls = []
+    for name in ("lora_linear", "lora_qkv", "lora_mlp"):
+        original = getattr(lora.kernels, name)
+
+        def counted(*args, _name=name, _original=original, **kwargs):
+            calls.append(_name)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(lora.kernels, name, counted)
+    step(model)
+    layers = model.config.num_hidden_layers
+    assert {name: calls.count(name) for name in set(calls)} == {
+        "lora_linear": layers,
+        "lora_qkv": layers,
+        "lora_mlp": layers,
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"use_dora": True}, {"lora_dropout": 0.5}, {"use_rslora": True}, {"lora_bias": True}],
+    ids=["dora", "dropout", "rslora", "lora bias"],
+)
+def test_variants_keep_their_meaning(config):
+    model = peft_model(**config)
+
+    def seeded():
+        torch.manual_seed(7)
+        return step(model)
+
+    expected = seeded()
+    adapt(model)
+    assert_same(seeded(), expected)
+
+
+def test_adapters_can_be_disabled_switched_combined_and_merged():
+    model = peft_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"))
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=IDS, use_cache=False).logits + 0
+
+    def tour():
+        seen = []
+        model.set_adapter("default")
+        seen.append(logits())
+        model.set_adapter("other")
+        seen.append(logits())
+        model.base_model.set_adapter(["default", "other"])
+        seen.append(logits())
+        with model.disable_adapter():
+            seen.append(logits())
+        model.merge_adapter()
+        seen.append(logits())
+        model.unmerge_adapter()
+        return seen
+
+    model.eval()
+    expected = tour()
+    adapt(model)
+    for index, (got, want) in enumerate(zip(tour(), expected)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=f"stage {index}")
+
+
+def test_autocast_bf16_stays_within_eager_error():
+    model = peft_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        truth = step(model)
+
+    def half():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return step(model)
+
+    eager = half()
+    adapt(model)
+    fused = half()
+
+    def error(gradients):
+        return sum((gradients[name] - truth[1][name]).square().sum() for name in truth[1]).sqrt()
+
+    assert error(fused[1]) <= 1.2 * error(eager[1])
+
+
+def test_state_dict_and_names_do_not_change():
+    model = peft_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapt(model)
+    step(model)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
