@@ -1,0 +1,1 @@
+"""Training: defaults, guards and progress around TRL's trainers."""

@@ -1,0 +1,121 @@
+"""``metrics.jsonl``: one JSON object for each logged step of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .. import device, log
+from .steps import StepWatch
+
+FILE = "metrics.jsonl"
+# Name in the log of transformers and TRL -> name in the file.
+_NAMES = {"learning_rate": "lr"}
+# Sums over the whole run that transformers logs at the end, not the figures of a step.
+_SUMMARY = "train_runtime"
+
+
+class MetricsWriter(TrainerCallback):
+    """Writes ``metrics.jsonl`` in the output folder on the main rank, and keeps its lines for the report.
+
+    Each line has ``step``, ``epoch``, ``time`` (seconds since training began), ``loss``, ``grad_norm``, ``lr``,
+    ``tokens`` (of all ranks since training began), ``tokens_per_second`` (since the last line), ``memory_gib`` (peak of
+    this rank's device; of the process on a CPU), and whatever else the trainer logs. Numbers that are not finite are
+    written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which JSON has no numbers for.
+
+    A new run starts a new file; a resumed one goes on behind the step that it resumes from.
+
+    Attributes:
+        entries: The lines, as dicts.
+        seconds: How long the run took so far.
+    """
+
+    def __init__(self, watch: StepWatch) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._watch = watch
+        self._path: Path | None = None
+        self._start = self._last = time.perf_counter()
+        self._last_tokens = 0
+        self._failed = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self._start
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all ranks since training began."""
+        return self._watch.trained_tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the file: anew, or behind the step that the run resumes from."""
+        self._start = self._last = time.perf_counter()
+        self._last_tokens = self._watch.trained_tokens = 0
+        self._failed = False
+        self.entries = []
+        if not state.is_world_process_zero:
+            return
+        self._path = Path(args.output_dir) / FILE
+        if state.global_step and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            self.entries = [entry for entry in map(_parsed, lines) if entry and entry["step"] <= state.global_step]
+        self._write(self.entries, "w")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write one line, and put tokens per second and memory into the log for whoever reads it after this."""
+        if self._path is None or logs is None or _SUMMARY in logs:
+            return
+        now, tokens = time.perf_counter(), self._watch.trained_tokens
+        entry: dict[str, Any] = {"step": state.global_step, "time": round(now - self._start, 3)}
+        entry |= {_NAMES.get(name, name): value for name, value in logs.items()}
+        if "loss" in logs:
+            entry["tokens"] = tokens
+            entry["tokens_per_second"] = round((tokens - self._last_tokens) / max(now - self._last, 1e-9), 1)
+            entry["memory_gib"] = round(device.get_gpu_memory_stats()[1], 3)
+            self._last, self._last_tokens = now, tokens
+        self.entries.append(entry)
+        self._write([entry], "a")
+
+    def _write(self, entries: Sequence[Mapping[str, Any]], mode: str) -> None:
+        """Write lines; a full disk costs the file, not the training."""
+        if self._path is None or self._failed:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.writelines(map(_line, entries))
+        except OSError as problem:
+            self._failed = True
+            log.warning(f"{self._path.name} could not be written, training goes on without it: {problem}")
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps({name: _plain(value) for name, value in entry.items()}, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, float):
+        return str(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One line of an earlier run; None for one that a crash left incomplete."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

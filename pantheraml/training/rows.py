@@ -1,0 +1,196 @@
+"""What TRL is given to train on: rows it can use, tokenised as the user's texts mean it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .. import log
+from ..errors import DataError
+from ..models.tokenizers import has_double_bos
+
+IGNORED = -100
+SAMPLED_ROWS = 100
+MOSTLY_MASKED = 0.9
+# Starting workers takes seconds, which is what this many rows take to tokenise in one process.
+ROWS_WORTH_WORKERS = 20_000
+MAX_WORKERS = 8
+WORKER_BYTES = 1024**3
+# Two sizes, because a function of one row may return two texts for anything.
+_PROBED = (2, 3)
+
+# Columns of which all together make rows that TRL can train on. The text column's name is the user's.
+_USABLE = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"})
+
+
+def prepare(
+    dataset: Any,
+    args: Any,
+    tokenizer: Any,
+    formatting_func: Callable[..., Any] | None,
+    *,
+    name: str,
+    only_if_needed: bool = False,
+) -> Any:
+    """Return ``dataset`` with a column that TRL can use, and tokenised where TRL would add a second BOS.
+
+    Args:
+        dataset: A ``datasets`` data set, a dict of them, or None.
+        args: The SFT config: ``dataset_text_field`` and ``dataset_num_proc`` are read.
+        tokenizer: The processing class.
+        formatting_func: The user's function from a row to a text, from a row to a list of texts, or from a batch of
+            rows to as many texts; None when the rows have their text.
+        name: What messages call the data set.
+        only_if_needed: Whether to leave rows unformatted that TRL can use as they are, default False.
+
+    Returns:
+        The data set, or the dict of them.
+
+    Raises:
+        DataError: no rows, no usable column, or a formatting function that returns no text.
+    """
+    if isinstance(dataset, dict):
+        return {
+            key: prepare(part, args, tokenizer, formatting_func, name=key, only_if_needed=only_if_needed)
+            for key, part in dataset.items()
+        }
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    first: Any = next(iter(dataset), None)
+    if first is None:
+        raise DataError(f"the {name} data set has no rows", where=f"{name}_dataset")
+    if "image" in first or "images" in first or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return dataset
+    workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    if formatting_func is not None and "input_ids" not in first and not (only_if_needed and is_usable(first, args)):
+        dataset = _formatted(dataset, formatting_func, args.dataset_text_field, workers)
+        first = dict(next(iter(dataset)))
+    if not is_usable(first, args):
+        raise DataError(
+            f"the {name} data set has no column to train on",
+            where=f"{name}_dataset",
+            why=f"its columns are {', '.join(map(repr, first))}",
+            hint="name the text column with dataset_text_field, pass formatting_func, or provide 'messages' or "
+            "'prompt' and 'completion'",
+        )
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and _doubles_bos(first, args.dataset_text_field, tokenizer):
+        log.once(f"the texts begin with {tokenizer.bos_token} already: no second one is added")
+        dataset = _tokenised(dataset, args.dataset_text_field, tokenizer, workers)
+    return dataset
+
+
+def is_usable(row: Mapping[str, Any], args: Any) -> bool:
+    """Whether a row has columns that TRL can train on."""
+    return any(needed <= row.keys() for needed in (*_USABLE, {args.dataset_text_field}))
+
+
+def workers_for(dataset: Any) -> int | None:
+    """How many processes tokenise ``dataset``: at most 8 and 1 GiB each of half the free memory; None for this one."""
+    if not isinstance(dataset, Dataset) or len(dataset) < ROWS_WORTH_WORKERS:
+        return None
+    affordable = psutil.virtual_memory().available // 2 // WORKER_BYTES
+    count = min(MAX_WORKERS, processors(), affordable)
+    return count if count > 1 else None
+
+
+def processors() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _formatted(
+    dataset: Dataset | IterableDataset, function: Callable[..., Any], field: str, workers: dict[str, Any]
+) -> Any:
+    columns = list(next(iter(dataset)))
+    rows = list(dataset.take(_PROBED[-1]))
+    cycled = rows * _PROBED[-1]
+    if all(_is_batched(function, {column: [row[column] for row in cycled[:n]] for column in columns}) for n in _PROBED):
+        return dataset.map(
+            lambda several: {field: list(function(several))}, batched=True, remove_columns=columns, **workers
+        )
+    texts = function(rows[0])
+    if isinstance(texts, str):
+        return dataset.map(lambda row: {field: function(row)}, remove_columns=columns, **workers)
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+
+        def exploded(several: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+            split = [dict(zip(several, values)) for values in zip(*several.values())]
+            return {field: [text for row in split for text in function(row)]}
+
+        return dataset.map(exploded, batched=True, remove_columns=columns, **workers)
+    raise DataError(
+        "formatting_func returns no text",
+        where="argument formatting_func",
+        why=f"for the first row it returned {type(texts).__name__}",
+        hint="return a string for one row, or a list of strings",
+    )
+
+
+def _is_batched(function: Callable[..., Any], batch: Mapping[str, list[Any]]) -> bool:
+    """Whether ``function`` takes this batch: it returns a text for each row."""
+    try:
+        texts = function(batch)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+        # A function of one row may well stumble over lists.
+        return False
+    count = len(next(iter(batch.values())))
+    return isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
+
+
+def _doubles_bos(row: Mapping[str, Any], field: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if "input_ids" in row:
+        return False
+    text = row.get("prompt", row.get(field))
+    return isinstance(text, str) and has_double_bos(tokenizer, text)
+
+
+def _tokenised(
+    dataset: Dataset | IterableDataset, field: str, tokenizer: PreTrainedTokenizerBase, workers: dict[str, Any]
+) -> Any:
+    """Tokenise as TRL does, each text with one BOS: its own, or the tokenizer's where it has none."""
+    eos = tokenizer.eos_token
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=not has_double_bos(tokenizer, text))["input_ids"]
+
+    def ended(text: str) -> str:
+        return text if eos is None or text.endswith(eos) else text + eos
+
+    def tokenise(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        if "prompt" not in row:
+            return {"input_ids": encode(ended(row[field]))}
+        prompt, whole = encode(row["prompt"]), encode(ended(row["prompt"] + row["completion"]))
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        return {"input_ids": whole, "completion_mask": [0] * shared + [1] * (len(whole) - shared)}
+
+    return dataset.map(tokenise, **workers)
+
+
+def check_labels(dataset: Any) -> None:
+    """Look at a hundred rows of a tokenised data set and see that there is something to learn.
+
+    Raises:
+        DataError: no row is left, or every label is masked.
+    """
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+        return
+    hint = "max_length may cut off what is trained on, or the markers of the response may not occur in the texts"
+    if not len(dataset):
+        raise DataError("no row is left that has a label to train on", where="train_dataset", hint=hint)
+    step = -(-len(dataset) // SAMPLED_ROWS)
+    sample = dataset.select_columns(["labels"])[::step]["labels"]
+    masked = sum(all(label == IGNORED for label in labels) for labels in sample) / len(sample)
+    if masked == 1:
+        raise DataError(
+            "every label is masked, so there is nothing to learn",
+            where="train_dataset",
+            why=f"all labels are {IGNORED} in {len(sample)} rows looked at",
+            hint=hint,
+        )
+    if masked >= MOSTLY_MASKED:
+        log.warning(f"{masked:.0%} of {len(sample)} rows looked at have no label to train on: {hint}")
