@@ -1,0 +1,193 @@
+"""One module with its adapters merged in: a dense fp32 copy on which PEFT's own ``merge`` runs.
+
+Every adapter type that PEFT can merge (LoRA, rsLoRA, DoRA, LoRA on embeddings or expert parameters, IA3, ...) so comes
+out as PEFT defines it, and the model itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CheckpointError, UnsupportedError
+
+QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")  # bitsandbytes' classes, told by name: the package is optional
+_METHODS = ("forward", "merge", "get_delta_weight", "_old_forward", "_hf_hook")  # put on instances by other tools
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight that is held quantised.
+
+    Attributes:
+        module: The module that holds it.
+        shape: Shape of the dense weight as its checkpoint has it.
+        transposed: Whether the module holds the transpose of the checkpoint's tensor (Conv1D).
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the dense weight in the checkpoint's orientation, on the module's device."""
+        weight: Any = self.module.weight
+        quant_state = getattr(weight, "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            dense = _from_cpu_packing(weight.data, quant_state)
+        elif quant_state is not None:
+            dense = dequantize_bnb_weight(weight).detach()
+        else:
+            dense = _from_int8(self.module)
+        return dense.T if self.transposed else dense
+
+
+def _from_cpu_packing(packed: torch.Tensor, quant_state: Any) -> torch.Tensor:
+    """Dequantise the form into which bitsandbytes brings 4-bit weights in an evaluation forward on AVX512-BF16 CPUs.
+
+    Its own dequantisation does not know that form, and undoing it is lossy there. Rows lie in blocks of 32; each byte
+    holds, for one column pair, a row's nibble (low) and that of the row 16 further (high); block scales are transposed.
+    """
+    rows, columns = quant_state.shape
+    halves = packed.reshape(-1, 32)
+    nibbles = torch.cat([halves & 0xF, halves >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
+    indices = nibbles.transpose(1, 2).reshape(rows, columns)
+    scales = quant_state.absmax.float().T.repeat_interleave(quant_state.blocksize, dim=1)
+    return (quant_state.code.float()[indices.int()] * scales).to(quant_state.original_dtype)
+
+
+def _from_int8(module: Any) -> torch.Tensor:
+    """Dequantise LLM.int8() weights: one scale for each row, for the value 127."""
+    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    return module.weight.data.float() * (scales.to(module.weight.device).float() / 127.0).unsqueeze(1)
+
+
+def quantized_weight(module: nn.Module, parameter: Any) -> QuantizedWeight | None:
+    """Describe ``parameter`` of ``module`` when it is held quantised, else None."""
+    if type(parameter).__name__ not in QUANTIZED_PARAMETERS:
+        return None
+    transposed = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
+    state = getattr(parameter, "quant_state", None)
+    shape = tuple(state.shape) if state is not None else tuple(parameter.shape)
+    return QuantizedWeight(module, shape[::-1] if transposed else shape, transposed)
+
+
+def pending(layer: Any) -> list[str]:
+    """Active adapters of a PEFT layer that it holds and that are not merged into its base yet."""
+    held = layer._get_available_adapters()
+    return [name for name in layer.active_adapters if name in held and name not in layer.merged_adapters]
+
+
+def touches(layer: Any) -> frozenset[str]:
+    """Names of the base module's parameters that merging ``layer`` may change."""
+    parameter = getattr(layer, "parameter_name", None)  # PEFT's ParamWrapper
+    return frozenset(["weight", "bias"]) if parameter is None else frozenset([parameter])
+
+
+def signature(layer: Any) -> tuple[Any, ...]:
+    """What two adapter modules share when they apply the same change (tied trainable tokens)."""
+    deltas = getattr(layer, "trainable_tokens_delta", None)
+    return (id(layer if deltas is None else deltas), *pending(layer))
+
+
+@torch.no_grad()
+def merged_copy(
+    module: nn.Module,
+    layers: tuple[Any, ...],
+    dense: Callable[[str, QuantizedWeight], torch.Tensor],
+    *,
+    where: str,
+    device: torch.device | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the parameters of ``module`` that ``layers`` touch, with the active adapters merged in.
+
+    Args:
+        module: The innermost base module.
+        layers: PEFT layers around it, outermost first.
+        dense: Gives the dense form of a quantised parameter, by the parameter's name in ``module``.
+        where: Name to give in errors.
+        device: Where to compute; None means where each parameter is.
+
+    Returns:
+        fp32 tensors by parameter name, in the orientation of the checkpoint.
+
+    Raises:
+        UnsupportedError: PEFT has no merge for this adapter type.
+        CheckpointError: PEFT's merge failed.
+    """
+    touched = frozenset().union(*map(touches, layers))
+    parameters: dict[str, nn.Parameter | None] = {}
+    transposed = False
+    for key, parameter in module._parameters.items():
+        if parameter is None or key not in touched:
+            if parameter is None:
+                parameters[key] = None
+            continue
+        quantized = quantized_weight(module, parameter)
+        tensor = parameter if quantized is None else dense(key, quantized)
+        if quantized is not None and quantized.transposed:
+            transposed, tensor = True, tensor.T
+        parameters[key] = _fp32(tensor, device or parameter.device)
+    place = device or next((p.device for p in parameters.values() if p is not None), torch.device("cpu"))
+    # A quantised Linear becomes a plain one: bitsandbytes' classes would quantise the merged weight again.
+    kind = nn.Linear if type(module).__module__.startswith("bitsandbytes") else type(module)
+    base = _stand_in(module, kind, parameters, {})
+    for layer in reversed(layers):
+        modules = {
+            name: base if name == "base_layer" else copy.deepcopy(child).to(place, torch.float32)
+            for name, child in layer._modules.items()
+            if child is not None
+        }
+        own = {name: None if p is None else _fp32(p, place) for name, p in layer._parameters.items()}
+        clone = _stand_in(layer, _dense_kind(type(layer)), own, modules)
+        clone.__dict__ |= {"merged_adapters": list(layer.merged_adapters), "_caches": {}}
+        _run_merge(clone, pending(layer), where)
+    merged = {key: tensor.data for key in touched if (tensor := parameters.get(key)) is not None}
+    if transposed:
+        merged["weight"] = merged["weight"].T
+    return merged
+
+
+def _run_merge(layer: Any, adapters: list[str], where: str) -> None:
+    try:
+        layer.merge(safe_merge=False, adapter_names=adapters)
+    except torch.OutOfMemoryError:
+        raise
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"PEFT cannot merge {type(layer).__name__}", where=where, why=str(error), hint="use save_method='lora'"
+        ) from error
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"PEFT could not merge {adapters}", where=where, why=str(error)) from error
+
+
+def _stand_in(module: nn.Module, kind: type, parameters: dict[str, Any], modules: dict[str, Any]) -> Any:
+    """An object of class ``kind`` with the settings of ``module``, other tensors, and no method put on the instance."""
+    clone = object.__new__(kind)
+    clone.__dict__ |= {key: value for key, value in vars(module).items() if key not in _METHODS}
+    clone.__dict__ |= {"_parameters": parameters, "_modules": modules, "_buffers": dict(module._buffers)}
+    return clone
+
+
+def _dense_kind(kind: type) -> type:
+    """The class of a PEFT layer over a dense base, for the class over a bitsandbytes one."""
+    if not kind.__module__.endswith(".bnb"):
+        return kind
+    name = kind.__name__.removesuffix("8bitLt").removesuffix("4bit")
+    dense = getattr(importlib.import_module(kind.__module__.removesuffix("bnb") + "layer"), name, None)
+    if dense is None:
+        raise UnsupportedError(f"no dense form of PEFT's {kind.__qualname__} is known", where=kind.__module__)
+    return dense
+
+
+def _fp32(tensor: torch.Tensor, device: torch.device) -> nn.Parameter:
+    # A copy even when nothing changes: the merge writes into it.
+    return nn.Parameter(tensor.detach().to(device, torch.float32, copy=True), requires_grad=False)

@@ -1,0 +1,198 @@
+"""Whether a written model is the trained one: reload it with plain transformers and compare weights and logits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint.safetensors_io import SafetensorsFolder, checksum
+from ..errors import CheckpointError
+
+_TOKENS = 24  # long enough for positions and windows to matter, short enough to cost nothing
+_ID_LIMIT = 1000  # token ids are drawn below this; image and other placeholder tokens lie at the end of vocabularies
+# Relative RMS deviation of the logits that two correct computations in a dtype may show. The roundings of some hundred
+# layers' sums add up like a random walk: about sqrt(100) * eps, with room of ten for fp32 and two for the others.
+_LOGIT_BUDGET = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
+# Merging onto the 16-bit base takes the quantisation error (10 % of each weight for nf4) out of the model, so that its
+# logits rightly differ from those seen in training. What a wrong model shows is 1.0 and more.
+_QUANTIZED_LOGIT_BUDGET = 0.8
+_MEMORY_FACTOR = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, and how far apart it was.
+
+    Attributes:
+        method: ``"reload"`` (loaded by transformers; weights and logits compared) or ``"files"`` (read back from the
+            disk and compared with what was to be written, because a second copy of the model does not fit).
+        tensors: Tensors that were compared bit by bit.
+        deviation: Relative RMS deviation of the logits from the trained model's, None without a reload.
+        budget: The largest deviation allowed.
+        note: What the budget allows for.
+    """
+
+    method: str
+    tensors: int
+    deviation: float | None = None
+    budget: float | None = None
+    note: str = ""
+
+
+def sample_inputs(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One short fixed sequence of token ids, the same on every machine."""
+    vocabulary = base.config.get_text_config().vocab_size
+    limit = max(2, min(_ID_LIMIT, vocabulary))
+    ids = torch.tensor([[(7 * i * i + 3 * i + 1) % limit for i in range(_TOKENS)]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, : _TOKENS // 2]
+    return inputs
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (fp32, on the CPU) of ``model`` in evaluation mode; its training state stays as it was."""
+    device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    with _evaluation(model):
+        outputs: Any = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    logits = getattr(outputs, "logits", None)
+    return (outputs[0] if logits is None else logits).float().cpu()
+
+
+def deviation(candidate: torch.Tensor, reference: torch.Tensor) -> float:
+    """RMS of the difference, relative to the RMS of ``reference`` about its mean; inf when either is not finite."""
+    if candidate.shape != reference.shape or not bool(torch.isfinite(candidate).all()):
+        return math.inf
+    scale = (reference - reference.mean(dim=-1, keepdim=True)).norm() if reference.shape[-1] > 1 else reference.norm()
+    result = float((candidate - reference).norm() / scale.clamp_min(1e-12))
+    return result if math.isfinite(result) else math.inf
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _reload(directory: Path, base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    kind: Any = getattr(transformers, type(base).__name__, type(base))
+    try:
+        with _quiet_transformers():
+            model, info = kind.from_pretrained(
+                str(directory), dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError("transformers cannot load what was written", why=str(error)) from error
+    faults = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    if faults:
+        why = "; ".join(f"{key}: {', '.join(sorted(map(str, names))[:3])}" for key, names in faults.items())
+        raise CheckpointError("what was written does not fit the model", where=str(directory), why=why)
+    return model.to(device)
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    needed = size * _MEMORY_FACTOR
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] >= needed
+    return device.type == "cpu" and psutil.virtual_memory().available >= needed
+
+
+def verify_files(directory: Path, checksums: dict[str, int]) -> Verification:
+    """Read every tensor back and compare its CRC-32 with the one computed while writing.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or not the same.
+    """
+    folder = SafetensorsFolder(directory)
+    if set(folder.names()) != set(checksums):
+        raise CheckpointError("the written files do not hold the tensors that were due", where=str(directory))
+    for name, tensor in folder:
+        if checksum(tensor) != checksums[name]:
+            raise CheckpointError(
+                "a tensor read back is not the one that was written", where=name, hint="check the disk and save again"
+            )
+    return Verification("files", len(checksums), note="a second copy of the model does not fit into memory")
+
+
+def verify_merged(
+    directory: Path,
+    model: nn.Module,
+    base: PreTrainedModel,
+    *,
+    checksums: dict[str, int],
+    in_memory: dict[str, int],
+    nbytes: int,
+    dtype: torch.dtype,
+    changed_base: bool,
+) -> Verification:
+    """Check a written folder against the trained model.
+
+    Args:
+        directory: What was written, perhaps still under a temporary name.
+        model: The trained model, with its adapters.
+        base: The transformers model inside it.
+        checksums: CRC-32 of each tensor by its name on disk.
+        in_memory: CRC-32 of each merged parameter by its name in memory.
+        nbytes: Size of the weights.
+        dtype: Dtype that was written.
+        changed_base: Whether the merge went onto weights other than those the trained model computes with.
+
+    Raises:
+        CheckpointError: the folder does not load, or is another model than the trained one.
+    """
+    inputs = sample_inputs(base)
+    home = next(parameter.device for parameter in base.parameters())
+    device = next((d for d in (home, torch.device("cpu")) if _fits(nbytes, d)), None)
+    if device is None:
+        return verify_files(directory, checksums)
+    reloaded = _reload(directory, base, device)
+    state = reloaded.state_dict()
+    different = [name for name, crc in in_memory.items() if name not in state or checksum(state[name]) != crc]
+    if different:
+        raise CheckpointError(
+            f"{len(different)} weights are not the merged ones after reloading",
+            where=", ".join(different[:3]),
+            why="names or layout on disk do not lead back to the model in memory",
+        )
+    reference = logits_of(model, inputs)
+    found = deviation(logits_of(reloaded, inputs), reference)
+    coarsest = max((dtype, next(base.parameters()).dtype), key=lambda d: _LOGIT_BUDGET.get(d, 0.0))
+    budget = _QUANTIZED_LOGIT_BUDGET if changed_base else _LOGIT_BUDGET.get(coarsest, _LOGIT_BUDGET[torch.bfloat16])
+    note = "the quantisation error that the 16-bit base does not have" if changed_base else f"rounding in {coarsest}"
+    if not found <= budget:
+        raise CheckpointError(
+            "the reloaded model computes something else than the trained one",
+            where=str(directory),
+            why=f"its logits deviate by {found:.3g} (relative RMS); {budget:.3g} is allowed for {note}",
+        )
+    return Verification("reload", len(in_memory), found, budget, note)
