@@ -1,0 +1,1 @@
+"""Data: sources, formats and conversations; knows no model class."""

@@ -1,0 +1,107 @@
+"""``pantheraml`` with flags: one fine-tune from data to saved weights."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import log
+from ...errors import ConfigError, ConflictError, UnsupportedError
+from ..output import Output
+
+_LORA_FLAGS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "loftq_config", "use_dora")
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Why flags cannot be honoured yet, and what to do instead."""
+
+    why: str
+    instead: str
+
+
+_LATER: dict[tuple[str, ...], _Later] = {
+    ("benchmark", "benchmark_type", "max_samples", "export"): _Later(
+        "benchmarks come in a later release", "--eval_split or --eval_dataset measures the loss on held-out data"
+    ),
+    ("save_gguf", "push_gguf"): _Later(
+        "writing GGUF files comes in a later release",
+        "--save_model, and convert the merged folder with llama.cpp's convert_hf_to_gguf.py",
+    ),
+}
+_DATASET_FLAGS = ("dataset", "dataset_config", "train_split", "format")
+
+
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    """Raise for flags that contradict each other or cannot be honoured, before anything is loaded.
+
+    Raises:
+        ConflictError: two flags contradict each other.
+        UnsupportedError: a flag asks for something that this release does not do.
+        ConfigError: a flag has no usable value.
+    """
+    given = args.explicit
+
+    def conflict(flag: str, others: tuple[str, ...] | list[str], why: str) -> None:
+        clash = [other for other in others if other in given]
+        if flag in given and clash:
+            raise ConflictError(f"--{flag} and --{clash[0]} contradict each other", why=why, hint="leave one out")
+
+    conflict("full_finetuning", _LORA_FLAGS, "full fine-tuning trains every weight and uses no LoRA")
+    conflict("full_finetuning", ["load_in_4bit"], "4-bit weights cannot be trained, only adapters on top of them")
+    conflict("num_train_epochs", ["max_steps"], "each of them decides how long training lasts")
+    conflict("raw_text_file", _DATASET_FLAGS, "each of them names the data")
+    if not args.eval_dataset:
+        conflict("raw_text_file", ["eval_split"], "running text has no splits; --eval_dataset names other data")
+    for flags, release in _LATER.items():
+        asked = [flag for flag in flags if flag in given]
+        if asked:
+            raise UnsupportedError(f"--{asked[0]} cannot be honoured", why=release.why, hint=release.instead)
+    if args.gpus > 1:
+        raise UnsupportedError(
+            f"--gpus {args.gpus} cannot be honoured",
+            why="training on several GPUs from this command comes in a later release",
+            hint="leave it out to train on one GPU",
+        )
+    if args.use_tpu:
+        raise UnsupportedError("--use_tpu cannot be honoured", why="training on TPU comes in a later release")
+    if args.push_model and "hub_path" not in given:
+        raise ConfigError("--hub_path is needed to push", hint="give the repository as --hub_path owner/name")
+    if args.num_train_epochs == 0 or args.learning_rate == 0:
+        name = "num_train_epochs" if args.num_train_epochs == 0 else "learning_rate"
+        raise ConfigError(f"--{name} is 0, which would train nothing", hint="give a number above 0")
+
+
+def _may_be_text(dataset: str) -> bool:
+    path = Path(dataset).expanduser()
+    return path.suffix.lower() == ".txt" or path.is_dir()
+
+
+def tell_idle_flags(args: argparse.Namespace) -> None:
+    """Say which flags were given and have no effect, since the one that they belong to was not."""
+    saves, pushes = args.save_model, args.push_model
+    idle = (
+        ("quantization", "save_gguf", False),
+        ("save_path", "save_model", saves),
+        ("save_method", "save_model", saves or pushes),
+        ("hub_path", "push_model", pushes),
+        ("chunk_size", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
+        ("stride", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
+        ("per_device_eval_batch_size", "eval_dataset", bool(args.eval_dataset or args.eval_split)),
+    )
+    for flag, needed, used in idle:
+        if flag in args.explicit and not used:
+            log.warning(f"--{flag} has no effect without --{needed}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune as the flags say."""
+    refuse_contradictions(args)
+    tell_idle_flags(args)
+    from ..finetune import fine_tune
+
+    output = Output(json=args.json)
+    fine_tune(args, output)
+    output.finish()
+    return 0

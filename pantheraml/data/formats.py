@@ -1,0 +1,350 @@
+"""Which columns of a data set are to be trained on, and the rows that TRL's ``SFTTrainer`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+from datasets import Dataset
+
+from ..errors import ConfigError, DataError
+from . import chats
+from .chats import BadRowError
+from .rows import Rejections, Row, type_name
+
+Kind = Literal["alpaca", "messages", "prompt_completion", "text"]
+
+ACCEPTED = (
+    "messages or conversations (a list of role/content or from/value objects); instruction, input, output (alpaca); "
+    "prompt and completion (or question and answer); text"
+)
+# Parts of each kind; those in the second tuple need not be there.
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "alpaca": (("instruction", "output"), ("input",)),
+    "messages": (("messages",), ()),
+    "prompt_completion": (("prompt", "completion"), ()),
+    "text": (("text",), ()),
+}
+# Column names by which a kind is recognised, tried from the top.
+_KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
+    ("messages", {"messages": "messages"}),
+    ("messages", {"messages": "conversations"}),
+    ("messages", {"messages": "conversation"}),
+    ("messages", {"messages": "chat"}),
+    ("alpaca", {"instruction": "instruction", "input": "input", "output": "output"}),
+    ("alpaca", {"instruction": "instruction", "input": "context", "output": "response"}),
+    ("alpaca", {"instruction": "instruction", "output": "output"}),
+    ("alpaca", {"instruction": "instruction", "output": "response"}),
+    ("prompt_completion", {"prompt": "prompt", "completion": "completion"}),
+    ("prompt_completion", {"prompt": "prompt", "completion": "response"}),
+    ("prompt_completion", {"prompt": "question", "completion": "answer"}),
+    ("text", {"text": "text"}),
+    ("prompt_completion", {"prompt": "query", "completion": "response"}),
+    ("prompt_completion", {"prompt": "input", "completion": "output"}),
+)
+# Prompts under these names are bare questions; under "prompt" they are complete, separator and all.
+_BARE_PROMPTS = {"question", "query", "input"}
+_PREFERENCE = " (preference data, which supervised fine-tuning does not take)"
+_PEEK = 100
+_BATCH = 1000
+
+# The prompts with which the Alpaca data set was published (github.com/tatsu-lab/stanford_alpaca).
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a data set are read.
+
+    Attributes:
+        kind: ``alpaca``, ``messages``, ``prompt_completion`` or ``text``.
+        columns: Column that holds each part; for messages also ``role`` and ``content``, the keys inside a message.
+    """
+
+    kind: Kind
+    columns: dict[str, str]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} from {column!r}" for part, column in self.columns.items())
+        return f"{self.kind}: {parts}"
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """Return the Alpaca prompt up to and including ``### Response:`` and its newline."""
+    template = _ALPACA_WITH_INPUT if input else _ALPACA
+    return template.format(instruction=instruction, input=input)
+
+
+def detect(dataset: Dataset, *, overrides: Mapping[str, str | None] | None = None, where: str = "data set") -> Format:
+    """Find out how to read ``dataset`` from its column names.
+
+    Args:
+        dataset: The rows.
+        overrides: What the user decides: ``format`` (a kind) and the column of a part (``text``, ``prompt``,
+            ``completion``, ``messages``, ``instruction``, ``input``, ``output``). None values count as absent.
+        where: Name of the data set for messages.
+
+    Returns:
+        The kind and its columns.
+
+    Raises:
+        DataError: no usable columns, or a named column is not there.
+        ConfigError: the overrides name an unknown kind or part, or parts of different kinds.
+    """
+    chosen = {key: value for key, value in (overrides or {}).items() if value is not None}
+    columns = dataset.column_names
+    kind = _chosen_kind(chosen)
+    chosen.pop("format", None)
+    for part, column in chosen.items():
+        if column not in columns:
+            raise DataError(
+                f"there is no column {column!r} for the {part}",
+                where=where,
+                why=f"the columns are: {', '.join(columns)}",
+                hint="name one of them",
+            )
+    candidates: list[tuple[Kind, dict[str, str]]] = [(known, names) for known, names in _KNOWN if kind in (None, known)]
+    if kind in (None, "text"):
+        candidates.extend(("text", {"text": name}) for name in _only_text_column(dataset))
+    if chosen and kind is not None:
+        required, optional = PARTS[kind]
+        mixed = {part: part for part in (*required, *optional) if part in columns or part in required} | chosen
+        candidates = [(kind, mixed), *((known, names | chosen) for known, names in candidates)]
+    for known, names in candidates:
+        if all(column in columns for column in names.values()):
+            found = _complete(known, names, dataset)
+            if found is not None:
+                return found
+    raise DataError(
+        "the data set has no usable columns" + (f" for the format {kind!r}" if kind else ""),
+        where=where,
+        why=f"found: {', '.join(columns) or 'none'}" + (_PREFERENCE if {"chosen", "rejected"} <= set(columns) else ""),
+        hint=f"accepted: {ACCEPTED}; or name the columns (--text_column, --prompt_column, ...)",
+    )
+
+
+def _chosen_kind(chosen: Mapping[str, str]) -> Kind | None:
+    kinds = get_args(Kind)
+    kind = chosen.get("format")
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"unknown format {kind!r}", where="format", hint=f"use one of {', '.join(kinds)}")
+    for part in chosen:
+        if part == "format":
+            continue
+        owner = next((k for k, (required, optional) in PARTS.items() if part in (*required, *optional)), None)
+        if owner is None:
+            raise ConfigError(f"unknown part {part!r}", where="column overrides")
+        if kind not in (None, owner):
+            raise ConfigError(
+                f"a column was named for the {part}, which the format {kind!r} does not have",
+                where="column overrides",
+                hint=f"{part} belongs to the format {owner!r}",
+            )
+        kind = owner
+    return next((k for k in kinds if k == kind), None)
+
+
+def _only_text_column(dataset: Dataset) -> list[str]:
+    text = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) in _TEXT_DTYPES]
+    return text if len(text) == 1 and len(dataset.column_names) == 1 else []
+
+
+_TEXT_DTYPES = ("string", "large_string")
+
+
+def _complete(kind: Kind, names: Mapping[str, str], dataset: Dataset) -> Format | None:
+    """Add the keys of messages; None when the column does not hold messages."""
+    if kind != "messages":
+        return Format(kind, dict(names))
+    head = dataset.select(range(min(_PEEK, len(dataset))))
+    for value in head[names["messages"]]:
+        keys = chats.keys_of(value)
+        if keys is not None:
+            return Format(kind, {**names, "role": keys[0], "content": keys[1]})
+    return None
+
+
+def canonical(kind: Kind) -> Format:
+    """The format of rows that ``check`` returns: each part in the column of its own name."""
+    required, optional = PARTS[kind]
+    columns = {part: part for part in (*required, *optional)}
+    return Format(kind, columns | ({"role": "role", "content": "content"} if kind == "messages" else {}))
+
+
+def _string(row: Row, column: str, *, required: bool = True) -> str:
+    value = row.get(column)
+    if value is None:
+        if required:
+            raise BadRowError(f"null: {column!r} is empty or not there")
+        return ""
+    if not isinstance(value, str):
+        raise BadRowError(f"wrong type: {column!r} is {type_name(value)}, not text")
+    if "\x00" in value:
+        raise BadRowError(f"NUL character in {column!r}")
+    if required and not value.strip():
+        raise BadRowError(f"empty string: {column!r}")
+    return value
+
+
+def _alpaca_row(row: Row, columns: Mapping[str, str]) -> Row:
+    optional = columns.get("input")
+    return {
+        "instruction": _string(row, columns["instruction"]),
+        "input": _string(row, optional, required=False) if optional else "",
+        "output": _string(row, columns["output"]),
+    }
+
+
+def _messages_row(row: Row, columns: Mapping[str, str]) -> Row:
+    messages = chats.normalize(row.get(columns["messages"]), columns["role"], columns["content"])
+    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def _prompt_row(row: Row, columns: Mapping[str, str]) -> Row:
+    prompt, completion = row.get(columns["prompt"]), row.get(columns["completion"])
+    if isinstance(prompt, list) and isinstance(completion, list):
+        keys = chats.keys_of(prompt) or ("role", "content")
+        both = chats.normalize([*prompt, *completion], *keys)
+        return {"prompt": both[: len(prompt)], "completion": both[len(prompt) :]}
+    prompt, completion = _string(row, columns["prompt"]), _string(row, columns["completion"])
+    if columns["prompt"] in _BARE_PROMPTS and not prompt[-1].isspace() and not completion[0].isspace():
+        prompt += "\n"
+    return {"prompt": prompt, "completion": completion}
+
+
+def _text_row(row: Row, columns: Mapping[str, str]) -> Row:
+    return {"text": _string(row, columns["text"])}
+
+
+_CHECKS: dict[str, Callable[[Row, Mapping[str, str]], Row]] = {
+    "alpaca": _alpaca_row,
+    "messages": _messages_row,
+    "prompt_completion": _prompt_row,
+    "text": _text_row,
+}
+
+
+def _rebuild(rows: Iterable[Row]) -> Dataset:
+    """Make a data set of rows a batch at a time, so that only one batch exists as Python objects."""
+    tables: list[pa.Table] = []
+    batch: list[Row] = []
+
+    def flush() -> None:
+        names = dict.fromkeys(name for row in batch for name in row)
+        tables.append(pa.table({name: pa.array([row.get(name) for row in batch]) for name in names}))
+        batch.clear()
+
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            flush()
+    if batch:
+        flush()
+    return Dataset(pa.concat_tables(tables, promote_options="permissive")) if tables else Dataset.from_dict({})
+
+
+def _rows(dataset: Dataset) -> Iterator[Row]:
+    for batch in dataset.iter(batch_size=_BATCH):
+        names = list(batch)
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield dict(zip(names, values))
+
+
+def check(
+    dataset: Dataset,
+    format: Format,
+    *,
+    rejections: Rejections | None = None,
+    origin: Callable[[int], str] | None = None,
+    where: str = "data set",
+) -> Dataset:
+    """Check every row and bring it to the canonical columns and roles; needs no tokenizer.
+
+    Args:
+        dataset: The rows.
+        format: How to read them, from ``detect``.
+        rejections: Collects the bad rows and says how many are tolerated. Default: none is.
+        origin: Names the place of a row, given its index.
+        where: Name of the data set for messages.
+
+    Returns:
+        A data set in the columns of ``canonical(format.kind)``.
+
+    Raises:
+        DataError: more bad rows than tolerated, or none left.
+    """
+    if rejections is None:
+        rejections = Rejections()
+        rejections.total = len(dataset)
+    row_check = _CHECKS[format.kind]
+
+    def good_rows() -> Iterator[Row]:
+        for index, row in enumerate(_rows(dataset)):
+            try:
+                yield row_check(row, format.columns)
+            except BadRowError as error:
+                rejections.add(origin(index) if origin else f"row {index + 1}", str(error), row)
+
+    try:
+        checked = _rebuild(good_rows())
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            "rows mix text prompts and message lists", where=where, why=str(error), hint="keep one kind"
+        ) from error
+    rejections.check(where)
+    if len(checked) == 0:
+        raise DataError("no row is left to train on", where=where, why=f"{len(rejections)} rows were rejected")
+    return checked
+
+
+def to_training_rows(dataset: Dataset, format: Format, tokenizer: Any) -> Dataset:
+    """Turn rows into what ``SFTTrainer`` takes.
+
+    Args:
+        dataset: The rows, as loaded or as ``check`` returned them.
+        format: How to read them.
+        tokenizer: Tokenizer or processor of the model; its end-of-sequence token ends alpaca and raw text rows.
+
+    Returns:
+        A data set with the column ``text``, or ``prompt`` and ``completion``, or ``messages``.
+
+    Raises:
+        DataError: a row is bad, or the data needs a chat template and ``tokenizer`` has none.
+    """
+    return render(check(dataset, format), format.kind, tokenizer)
+
+
+def render(checked: Dataset, kind: Kind, tokenizer: Any) -> Dataset:
+    """Turn rows that ``check`` returned into what ``SFTTrainer`` takes; see ``to_training_rows``."""
+    conversational = kind == "messages" or (kind == "prompt_completion" and isinstance(checked[0]["prompt"], list))
+    if conversational and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the data are chats and the tokenizer has no chat template",
+            where=str(getattr(tokenizer, "name_or_path", "") or "tokenizer"),
+            why="a base model's tokenizer usually has none",
+            hint="use the instruct version of the model, set tokenizer.chat_template, or give the rows as prompt and "
+            "completion",
+        )
+    if kind not in ("alpaca", "text"):
+        return checked
+    end = getattr(tokenizer, "eos_token", None)
+    if not end:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token", where="tokenizer.eos_token", hint="set tokenizer.eos_token"
+        )
+    return _rebuild({"text": text if text.endswith(end) else text + end} for text in _texts(checked, kind))
+
+
+def _texts(checked: Dataset, kind: Kind) -> Iterator[str]:
+    for row in _rows(checked):
+        yield row["text"] if kind == "text" else alpaca_prompt(row["instruction"], row["input"]) + row["output"]
