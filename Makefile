@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo test test-gpu bench-kernels lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -25,6 +25,9 @@ test: $(STAMP)  ## run the tests that need no accelerator
 
 test-gpu:  ## run the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu tests
+
+bench-kernels:  ## time every fused op beside its peers on this GPU, into benchmarks/reports
+	$(PYTHON) benchmarks/kernels/run.py --out benchmarks/reports
 
 lint: $(STAMP)  ## style, format, types and the direction of imports
 	$(BIN)/ruff check .

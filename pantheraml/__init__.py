@@ -13,14 +13,62 @@ from ._compat import install_import_hooks
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .chat_templates import apply_chat_template as apply_chat_template
     from .device import clear_gpu_memory as clear_gpu_memory
     from .device import get_gpu_memory_stats as get_gpu_memory_stats
     from .device import is_bfloat16_supported as is_bf16_supported  # noqa: F401
     from .device import is_bfloat16_supported as is_bfloat16_supported
+    from .models.adapt import adapt as adapt
+    from .models.adapt import restore as restore
+    from .models.loader import FastLanguageModel as FastLanguageModel
+    from .models.loader import FastModel as FastModel
+    from .models.loader import FastTextModel as FastTextModel
+    from .models.loader import FastVisionModel as FastVisionModel
+    from .models.tokenizers import add_new_tokens as add_new_tokens
+    from .trainer import PantheraMLTrainer as PantheraMLTrainer
+    from .trainer import PantheraMLTrainingArguments as PantheraMLTrainingArguments
+    from .trainer import UnslothTrainer as UnslothTrainer
+    from .trainer import UnslothTrainingArguments as UnslothTrainingArguments
 
 # Public name -> module that defines it (relative to this package), or (module, name) where they differ.
 _EXPORTS: dict[str, str | tuple[str, str]] = {
+    **dict.fromkeys(
+        (
+            "FastLanguageModel",
+            "FastModel",
+            "FastVisionModel",
+            "FastTextModel",
+            "FastLlamaModel",
+            "FastMistralModel",
+            "FastGemmaModel",
+            "FastQwen2Model",
+            "FastQwen3Model",
+            "FastQwen3MoeModel",
+            "FastGraniteModel",
+            "FastFalconH1Model",
+        ),
+        "models.loader",
+    ),
+    **dict.fromkeys(("adapt", "restore", "AdaptReport"), "models.adapt"),
+    "add_new_tokens": "models.tokenizers",
+    **dict.fromkeys(
+        (
+            "PantheraMLTrainer",
+            "PantheraMLTrainingArguments",
+            "pantheraml_train",
+            "UnslothTrainer",
+            "UnslothTrainingArguments",
+            "unsloth_train",
+            "PatchFastRL",
+            "PatchDPOTrainer",
+            "PatchKTOTrainer",
+        ),
+        "trainer",
+    ),
+    **dict.fromkeys(
+        ("unsloth_save_model", "create_huggingface_repo", "print_quantization_methods", "patch_saving_functions"),
+        "save",
+    ),
+    **dict.fromkeys(("standardize_sharegpt", "standardize_data_formats", "remove_special_tokens"), "chat_templates"),
     "is_bfloat16_supported": "device",
     "is_bf16_supported": ("device", "is_bfloat16_supported"),
     "get_gpu_memory_stats": "device",
