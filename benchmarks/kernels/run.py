@@ -169,7 +169,7 @@ def measure(workload: registry.Workload, names: list[str], device: torch.device,
             function = None
             gc.collect()
             torch.cuda.empty_cache()
-    return {name: result for name, result in results.items() if len(result) > 1}
+    return {name: result for name, result in results.items() if result.keys() != {"seconds"}}
 
 
 def row_of(record: Result, direction: str, bandwidth: float, names: list[str]) -> str | None:

@@ -51,34 +51,48 @@ class RecordingPlan(ActivationPlan):
         return args[0]
 
 
-def drive(plan, layers, allocator, *, tokens, keep):
+class Layer(torch.nn.Module):
+    """Calls back when it runs, the way of newer (``forward`` first) or older (``__call__``) transformers."""
+
+    def body(self, hidden, ran):
+        ran(self, hidden)
+        return hidden
+
+    def bound(self, ran, *, older):
+        if older:
+            return functools.partial(self.body, ran=ran)
+        return functools.partial(lambda layer, hidden: layer.body(hidden, ran), self)
+
+
+def drive(plan, layers, allocator, *, tokens, keep, older=False):
     """One simulated step; returns, layer by layer, whether it was kept."""
     hidden = torch.zeros(1, tokens, 4, requires_grad=True)
     kept = []
 
-    def body(layer, h):
+    def ran(layer, h):
         kept.append(layer)
         allocator.kept += keep * tokens + h.numel() * h.element_size()
-        return h
 
     for layer in layers:
-        plan.run(functools.partial(body, layer), hidden)
+        plan.run(layer.bound(ran, older=older), hidden)
     allocator.peak = max(allocator.peak, allocator.recompute_peak)
     allocator.kept = 0
     return [layer in kept for layer in layers]
 
 
-def test_the_plan_keeps_the_last_layers_that_fit():
-    layers = [torch.nn.Identity() for _ in range(8)]
+@pytest.mark.parametrize("older", [False, True], ids=["layer bound first", "call of the layer bound"])
+def test_the_plan_keeps_the_last_layers_that_fit(older):
+    layers = [Layer() for _ in range(8)]
+    step = functools.partial(drive, older=older)
     allocator = Allocator(capacity=10_000, base=1_000, recompute_peak=2_000)
     plan = RecordingPlan(layers, "auto", fraction=0.9, memory=allocator)
-    assert drive(plan, layers, allocator, tokens=10, keep=150) == [False] * 7 + [True]
+    assert step(plan, layers, allocator, tokens=10, keep=150) == [False] * 7 + [True]
     # limit 1,000 + 0.9 * 9,000 = 9,100; (9,100 - 2,000) / 1,500 = 4 layers
-    assert drive(plan, layers, allocator, tokens=10, keep=150) == [False] * 4 + [True] * 4
+    assert step(plan, layers, allocator, tokens=10, keep=150) == [False] * 4 + [True] * 4
     # half the tokens cost half, so all eight fit
-    assert drive(plan, layers, allocator, tokens=5, keep=150) == [True] * 8
+    assert step(plan, layers, allocator, tokens=5, keep=150) == [True] * 8
     # more tokens than measured: measure again before keeping anything
-    assert drive(plan, layers, allocator, tokens=20, keep=150) == [False] * 7 + [True]
+    assert step(plan, layers, allocator, tokens=20, keep=150) == [False] * 7 + [True]
 
 
 def test_a_full_device_recomputes_everything():
