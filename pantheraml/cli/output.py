@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 _KEPT = {0x09, 0x0A}
@@ -16,6 +19,15 @@ _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for cod
 def printable(text: str) -> str:
     """Return ``text`` with every control character but newline and tab written out as its hexadecimal code."""
     return text.translate(_VISIBLE)
+
+
+def program() -> str:
+    """Return what the reader types to run this program again: its name where that is found, else its path."""
+    name = "pantheraml"
+    started = Path(sys.argv[0])
+    if started.suffix == ".py":
+        return f"python {shlex.quote(str(started))}"
+    return name if shutil.which(name) or started.stem != name else shlex.quote(str(started))
 
 
 class Output:

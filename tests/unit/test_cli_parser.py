@@ -280,3 +280,21 @@ def test_message_has_what_where_why_next_and_no_control_characters(capsys):
 def test_printable_keeps_text_and_shows_controls():
     assert printable("a\tb\né [/red] \U0001f600") == "a\tb\né [/red] \U0001f600"
     assert printable("\x1b]0;x\x07\r\x9b\u202e\x7f") == "\\x1b]0;x\\x07\\x0d\\x9b\\u202e\\x7f"
+
+
+@pytest.mark.parametrize(
+    ("started", "found", "expected"),
+    [
+        ("/env/bin/pantheraml", "/env/bin/pantheraml", "pantheraml"),
+        ("/my env/bin/pantheraml", None, "'/my env/bin/pantheraml'"),
+        ("./pantheraml-cli.py", None, "python pantheraml-cli.py"),
+        ("/usr/bin/pytest", None, "pantheraml"),
+    ],
+    ids=["on the path", "not on the path", "script of the checkout", "another program"],
+)
+def test_commands_that_are_suggested_can_be_typed(monkeypatch, started, found, expected):
+    from pantheraml.cli import output
+
+    monkeypatch.setattr(output.sys, "argv", [started])
+    monkeypatch.setattr(output.shutil, "which", lambda name: found)
+    assert output.program() == expected

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...assets import DEMO, demo_data, demo_model_dir
 from ...errors import CheckpointError, ConfigError
-from ..output import Output
+from ..output import Output, program
 
 MARKER = ".pantheraml-demo"
 BASE_BELOW, TUNED_ABOVE = 0.10, 0.90
@@ -185,9 +185,9 @@ def _demonstrate(directory: Path, output: Output) -> int:
     output.say(f"\nDone in {seconds:.0f} s:")
     output.table([(name, str(path)) for name, path in files.items()], indent="   ")
     output.say("\nTalk to it:")
-    output.say(f"   pantheraml chat {merged} --prompt {shlex.quote(prompts[0].strip())} --temperature 0")
+    output.say(f"   {program()} chat {merged} --prompt {shlex.quote(prompts[0].strip())} --temperature 0")
     output.say("Train on your own file (json, jsonl, csv, parquet or txt):")
-    output.say("   pantheraml --model_name MODEL --dataset FILE --max_steps 100")
+    output.say(f"   {program()} --model_name MODEL --dataset FILE --max_steps 100")
     output.note(**record, files={name: str(path) for name, path in files.items()})
     output.finish()
     if base_score < BASE_BELOW and tuned_score > TUNED_ABOVE:
