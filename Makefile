@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu bench-kernels lint format clean
+.PHONY: help demo test test-gpu bench-kernels bench-training lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -28,6 +28,9 @@ test-gpu:  ## run the tests that need a GPU, in the current environment
 
 bench-kernels:  ## time every fused op beside its peers on this GPU, into benchmarks/reports
 	$(PYTHON) benchmarks/kernels/run.py --out benchmarks/reports
+
+bench-training:  ## time fine-tuning steps beside the peers on this GPU, into benchmarks/reports
+	$(PYTHON) benchmarks/training/run.py --out benchmarks/reports
 
 lint: $(STAMP)  ## style, format, types and the direction of imports
 	$(BIN)/ruff check .
