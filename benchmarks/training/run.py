@@ -88,7 +88,7 @@ def table(records: list[dict]) -> str:
     reference = by_name.get("transformers")
     peers = [r["tokens_per_second"] for n, r in by_name.items() if n != "pantheraml" and "error" not in r]
     lines = [
-        "| contender | tokens/s | x best peer | peak GiB | step ms (range) | first step s | import, load s | loss differs |",
+        "| contender | tokens/s | x best peer | peak GiB | step ms | first step s | import, load s | loss differs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
