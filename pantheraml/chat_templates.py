@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from .data.sharegpt import remove_special_tokens, standardize_data_formats, standardize_sharegpt
+from .data.example_template import apply_chat_template, construct_chat_template
+from .data.masking import mask_non_responses
+from .data.replies import assistant_masks
+from .data.responses import train_on_responses_only
+from .data.sharegpt import remove_special_tokens, standardize_data_formats, standardize_sharegpt, to_sharegpt
+from .data.templates.apply import get_chat_template, stop_token_ids
 
-__all__ = ["remove_special_tokens", "standardize_data_formats", "standardize_sharegpt"]
+__all__ = [
+    "apply_chat_template",
+    "assistant_masks",
+    "construct_chat_template",
+    "get_chat_template",
+    "mask_non_responses",
+    "remove_special_tokens",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "stop_token_ids",
+    "to_sharegpt",
+    "train_on_responses_only",
+]

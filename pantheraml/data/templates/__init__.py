@@ -1,0 +1,1 @@
+"""Chat templates of the usual model families, and how a tokenizer gets one."""
