@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ArgumentError
+from .training.distributed import PantheraMLDistributedTrainer
 from .training.trainer import PantheraMLTrainer, PantheraMLTrainingArguments
 
 __all__ = [
     "PatchDPOTrainer",
     "PatchFastRL",
     "PatchKTOTrainer",
+    "PantheraMLDistributedTrainer",
     "PantheraMLTrainer",
     "PantheraMLTrainingArguments",
     "UnslothTrainer",

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .. import log
+from .. import env, log
 from ..device import get_device
 from ..errors import ArgumentError, ConfigError, ConflictError, unknown_arguments
 
@@ -228,6 +228,12 @@ def _settle_precision(given: dict[str, Any], *, where: str) -> None:
         given.setdefault("use_cpu", True)
 
 
+def _settle_launch(given: dict[str, Any]) -> None:
+    """Say that a launch of several processes computes on CPUs: transformers forms no group of them otherwise."""
+    if env.world_size() > 1 and get_device().type == "cpu":
+        given.setdefault("use_cpu", True)
+
+
 def _config_constructor(cls: type, original: Callable[..., None]) -> Callable[..., None]:
     known = _options(cls)
     is_trl = cls.__module__ != _ARGUMENTS_MODULE
@@ -242,6 +248,7 @@ def _config_constructor(cls: type, original: Callable[..., None]) -> Callable[..
         explicit = frozenset(name for name, value in given.items() if not (name in ("bf16", "fp16") and value is None))
         if is_trl:
             _settle_precision(given, where=cls.__name__)
+        _settle_launch(given)
         original(self, **given)
         remember(self, explicit)
 

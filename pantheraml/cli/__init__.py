@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # It warns of optional accelerators as it is imported; `pantheraml doctor` tells which of them matter.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         args = parser.parse(arguments)
+        args.argv = arguments
         module = importlib.import_module(f".commands.{command}", __name__)
         boundary.exit_code = module.run(args)
     return boundary.exit_code

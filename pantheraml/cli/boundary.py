@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from .. import env
 from ..errors import PantheraMLError
 from .output import printable
 
@@ -37,6 +38,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _tell(text: str) -> None:
+    if env.world_size() > 1:
+        text = f"[rank {env.rank()}] {text}"
     sys.stderr.write(printable(text).rstrip() + "\n")
     sys.stderr.flush()
 

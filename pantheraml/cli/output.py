@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import env
+
 _KEPT = {0x09, 0x0A}
 # Control characters move the cursor or recolour the screen; the bidirectional ones reorder what a reader sees.
 _CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -42,7 +44,9 @@ class Output:
         self.record: dict[str, Any] = {}
 
     def say(self, text: str = "") -> None:
-        """Print one line or several."""
+        """Print one line or several, on the main process of a launch."""
+        if env.rank():
+            return
         stream = sys.stderr if self.json else sys.stdout
         stream.write(printable(text) + "\n")
         stream.flush()
@@ -60,6 +64,6 @@ class Output:
 
     def finish(self) -> None:
         """Print the json record, if that was asked for."""
-        if self.json:
+        if self.json and not env.rank():
             sys.stdout.write(json.dumps(self.record, indent=2, ensure_ascii=True, default=str) + "\n")
             sys.stdout.flush()

@@ -103,7 +103,7 @@ class FastLanguageModel:
             text_only: Load the text decoder of a multimodal model alone.
             auto_device_map: Spread a model that does not fit one GPU over those of this process.
             max_memory: Cap in each GPU of this process, e.g. ``{0: "10GB", 1: "10GB"}``.
-            use_multi_gpu: True spreads the model over all GPUs of this process.
+            use_multi_gpu: True spreads the model over all GPUs of this process, False keeps it on one.
             use_tpu: True insists on a TPU, False refuses one.
             tpu_cores: TPU cores expected.
             **kwargs: ``quantization_config``, ``config``, ``num_labels``, ``id2label``, ``label2id``, ``problem_type``

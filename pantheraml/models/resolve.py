@@ -131,7 +131,7 @@ def resolve_placement(
         device_map: ``"sequential"``, ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, a device, or a dict.
         max_memory: Cap in each device, e.g. ``{0: "10GB"}``.
         auto_device_map: Whether a model too large for one device may spread over several.
-        use_multi_gpu: True spreads over all GPUs of the process; None and False do not unless needed.
+        use_multi_gpu: True spreads over all GPUs of the process, False stays on one, None spreads where needed.
         use_tpu: True insists on a TPU, False refuses one.
         tpu_cores: TPU cores wanted; the launcher decides, so another number than there is raises.
         weight_bytes: Size of the 16-bit checkpoint, if known.
@@ -160,10 +160,12 @@ def resolve_placement(
         if device.type == "xla":
             return None
         if launched or not device.is_gpu:
+            if launched and device_map != "sequential":
+                log.once(f"device_map={device_map!r} is for one process: each of this launch loads onto its own device")
             return here
         if use_multi_gpu or max_memory is not None:
             return "balanced" if device_map == "sequential" and use_multi_gpu else device_map
-        if device.count < 2 or not auto_device_map:
+        if device.count < 2 or not auto_device_map or use_multi_gpu is False:
             return here
         if device_map != "sequential":
             return device_map
@@ -192,7 +194,23 @@ def _explicit_placement(device: Device, device_map: Any) -> Any:
             raise UnsupportedError(
                 f"device_map names {value!r}, and this process computes on {device.type}", where="argument device_map"
             )
+        if env.world_size() > 1:
+            _check_own_device(device, value)
+    if env.world_size() > 1 and device_map == device.torch_type:
+        # torch's current device, which each process sets only when it joins the others.
+        return {"": str(device.torch_device)}
     return device_map if isinstance(device_map, dict) else {"": device_map}
+
+
+def _check_own_device(device: Device, value: Any) -> None:
+    """Refuse a device that belongs to another process of the launch: each would load a copy onto it."""
+    index = value if isinstance(value, int) else torch.device(value).index if value != "disk" else None
+    if index is not None and index != device.index and value != "cpu":
+        raise ConflictError(
+            f"device_map names device {value!r}, and this process of the launch has {device.torch_device}",
+            where="argument device_map",
+            hint="leave it out: each process loads onto its own device",
+        )
 
 
 def _check_tpu(device: Device, use_tpu: bool | None, tpu_cores: int) -> None:

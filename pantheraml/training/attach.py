@@ -29,7 +29,8 @@ from ..models.checkpointing import inner_model
 from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
-from . import report, rows, states
+from ..parallel.process_group import fail
+from . import ranks, report, rows, states
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .guards import NonFiniteGuard
 from .isolation import check_isolation
@@ -56,11 +57,13 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
     record = record_of(model)
     assert record is not None
     explicit = explicit_names(args)
-    with _quiet_when_piped():
-        arguments = before_init(trainer, arguments, record, explicit)
-    weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-    with _plain_head(model), _quiet_when_piped():
-        yield arguments
+    ranks.settle(args, model, explicit)
+    with _quiet_when_piped(), ranks.preparing(arguments) as turn:
+        with turn():
+            arguments = before_init(trainer, arguments, record, explicit)
+        weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        with _plain_head(model):
+            yield arguments
     if _is_quantized(model):
         _restore_weights(trainer.model, weights)
     after_init(trainer, record, explicit)
@@ -117,6 +120,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     rows.check_labels(trainer.train_dataset)
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
+    ranks.complete(trainer)
     watch = StepWatch(trainer)
     guard = NonFiniteGuard(
         trainer,
@@ -136,6 +140,8 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     def after(error: BaseException | None) -> None:
         if progress is not None:
             progress.close()
+        if error is not None:
+            fail()
         _write_report(trainer, metrics, record, error)
 
     states.install(trainer, mode, before=before, after=after)

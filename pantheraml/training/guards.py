@@ -55,14 +55,14 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the step that is about to be made."""
         watch, model = self._watch, kwargs["model"]
-        here = self._is_bad(model)
-        bad, tokens = self._agree(here, sum(watch.tokens))
+        loss, gradient = self._find_bad(model)
+        bad, tokens, ranks = self._agree(loss, gradient, sum(watch.tokens))
         watch.trained_tokens += tokens
         if not bad:
             self._in_a_row = 0
             watch.clear()
             return
-        message = self._describe(state.global_step + 1, model, here=bool(here))
+        message = self._describe(state.global_step + 1, model, ranks)
         model.zero_grad(set_to_none=True)
         watch.clear()
         self.skipped += 1
@@ -93,34 +93,42 @@ class NonFiniteGuard(TrainerCallback):
         if logs is not None and "loss" in logs and self.skipped:
             logs["skipped_steps"] = self.skipped
 
-    def _is_bad(self, model: nn.Module) -> torch.Tensor:
-        """Whether this rank's losses or gradient are not finite, as a 0-d tensor on the device."""
+    def _find_bad(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether this rank's losses, and its gradient, are not finite, as 0-d tensors on the device."""
         watch = self._watch
-        bad = torch.zeros((), dtype=torch.bool, device=self._trainer.args.device)
+        loss_is_bad = torch.zeros((), dtype=torch.bool, device=self._trainer.args.device)
         for loss in watch.losses:
-            bad = bad | ~torch.isfinite(loss.to(bad.device)).all()
+            loss_is_bad = loss_is_bad | ~torch.isfinite(loss.to(loss_is_bad.device)).all()
+        bad = torch.zeros_like(loss_is_bad)
         scaler = getattr(self._trainer.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1:
-            return bad
+            return loss_is_bad, bad
         norm = watch.grad_norm if watch.grad_norm is not None else _gradient_norm(model)
         if norm is not None:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
             bad = bad | ~torch.isfinite(norm.to(bad.device))
-        return bad
+        return loss_is_bad, bad
 
-    def _agree(self, bad: torch.Tensor, tokens: torch.Tensor | int) -> tuple[bool, int]:
-        """Whether any rank's step is bad, and the tokens of all ranks. One reading from the device."""
-        facts = torch.stack([bad.to(torch.int64), torch.as_tensor(tokens, device=bad.device).to(torch.int64)])
-        if self._trainer.args.world_size > 1 and dist.is_available() and dist.is_initialized():
+    def _agree(
+        self, loss: torch.Tensor, gradient: torch.Tensor, tokens: torch.Tensor | int
+    ) -> tuple[bool, int, list[int]]:
+        """Whether any rank's step is bad, the tokens of all ranks, and the ranks whose loss is bad. One reading."""
+        args = self._trainer.args
+        facts = torch.zeros(2 + args.world_size, dtype=torch.int64, device=loss.device)
+        facts[0] = loss | gradient
+        facts[1] = torch.as_tensor(tokens, device=loss.device)
+        facts[2 + args.process_index] = loss
+        if args.world_size > 1 and dist.is_available() and dist.is_initialized():
             dist.all_reduce(facts)
-        count, total = facts.tolist()
-        return count > 0, total
+        count, total, *losses = facts.tolist()
+        return count > 0, total, [rank for rank, is_bad in enumerate(losses) if is_bad]
 
-    def _describe(self, step: int, model: nn.Module, *, here: bool) -> str:
-        """Say what is not finite and where, as far as this rank knows."""
-        if not here:
-            return f"the loss or the gradient is not finite on another rank in step {step}"
-        watch = self._watch
+    def _describe(self, step: int, model: nn.Module, ranks: list[int]) -> str:
+        """Say what is not finite and where, as far as this rank knows; ``ranks`` are those whose loss is not."""
+        watch, args = self._watch, self._trainer.args
+        if ranks and args.process_index not in ranks:
+            # The gradients are averaged: they are bad on every rank, and say nothing about where it began.
+            return f"the loss is not finite on rank {', '.join(map(str, ranks))} in step {step}"
         losses = [float(loss) for loss in watch.losses]
         wrong = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong:
@@ -134,6 +142,7 @@ class NonFiniteGuard(TrainerCallback):
         # Clipping by a NaN norm spreads it over all gradients: then no parameter can be named.
         named = f", first in {bad[0]}" if bad and len(bad) < trained else ""
         rows = "".join(dict.fromkeys(self._rows(ids) for ids in watch.inputs)) if len(watch.inputs) == 1 else ""
+        rows = rows if args.world_size == 1 else ""
         return f"the gradient is not finite (norm {norm}) in step {step}{named}{rows}"
 
     def _rows(self, ids: torch.Tensor | None) -> str:

@@ -30,6 +30,8 @@ class PantheraMLTrainingArguments(SFTConfig):
         on_nonfinite: ``"raise"`` (default) stops before a step whose loss or gradient is NaN or infinite; ``"skip"``
             leaves such a step out.
         max_nonfinite_steps: How many steps in a row may be left out, default 10.
+        auto_scale_lr: Whether ``learning_rate`` is multiplied by the number of processes of the launch, for runs whose
+            batch grows with it, default False.
 
     Raises:
         ConfigError: a value out of range.
@@ -47,6 +49,8 @@ class PantheraMLTrainingArguments(SFTConfig):
     max_nonfinite_steps: int = field(
         default=10, metadata={"help": "How many steps in a row may be left out with on_nonfinite='skip'."}
     )
+
+    auto_scale_lr: bool = field(default=False, metadata={"help": "Multiply learning_rate by the number of processes."})
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -83,6 +87,11 @@ class PantheraMLTrainer(SFTTrainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = getattr(self.args, "embedding_learning_rate", None)
+        ranks = self.args.world_size
+        if created and getattr(self.args, "auto_scale_lr", False) and ranks > 1:
+            for group in optimizer.param_groups:
+                group["lr"] *= ranks
+            log.info(f"learning rate {self.args.learning_rate:g} x {ranks} processes (auto_scale_lr)")
         if created and rate is not None:
             assert self.model is not None
             separate_learning_rate(optimizer, list(embedding_parameters(self.model)), rate)

@@ -194,7 +194,7 @@ def _one_rank(rank: int, folder: str) -> None:
 def test_all_ranks_stop_when_one_must(tmp_path):
     torch.multiprocessing.start_processes(_one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     messages = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
-    assert "another rank in step 1" in messages[0]
+    assert "not finite on rank 1 in step 1" in messages[0]
     assert "the loss is nan in step 1" in messages[1]
     assert "rank 1" in messages[1]
     assert [message.split("|")[0] for message in messages] == ["7", "7"], "tokens of both ranks"
