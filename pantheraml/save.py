@@ -6,13 +6,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from . import env, log
 from .errors import ConfigError, UnsupportedError, unknown_arguments
 from .export.adapter import save_adapter
+from .export.gguf.api import print_quantization_methods, push_to_hub_gguf, save_pretrained_gguf, save_to_gguf
 from .export.hub import HubTarget, create_repo, upload, write_card
 from .export.merge import MergeOnto, save_merged
 from .export.report import MergeReport
@@ -309,45 +310,6 @@ def create_huggingface_repo(
 ) -> str:
     """Make the repository ``save_directory`` on the hub if it is missing, and return its full name."""
     return create_repo(HubTarget(save_directory, token, private))
-
-
-# -------------------------------------------------------------------------------------------------- formats not there
-
-GGUF_TYPES = (
-    *("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s", "q4_0", "q4_1"),
-    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
-)
-
-
-def _no_gguf(name: str) -> NoReturn:
-    raise UnsupportedError(
-        "writing GGUF files is not there yet",
-        where=name,
-        hint=(
-            "save with save_pretrained_merged(folder, tokenizer), then run llama.cpp's converter: "
-            "python convert_hf_to_gguf.py folder --outfile model.gguf --outtype q8_0"
-        ),
-    )
-
-
-def save_pretrained_gguf(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    """Not there yet: raises ``UnsupportedError`` with the commands that give a GGUF file."""
-    _no_gguf("save_pretrained_gguf")
-
-
-def push_to_hub_gguf(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    """Not there yet: raises ``UnsupportedError`` with the commands that give a GGUF file."""
-    _no_gguf("push_to_hub_gguf")
-
-
-def save_to_gguf(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not there yet: raises ``UnsupportedError`` with the commands that give a GGUF file."""
-    _no_gguf("save_to_gguf")
-
-
-def print_quantization_methods() -> None:
-    """Tell the GGUF types that llama.cpp's tools write from a merged folder."""
-    log.info("GGUF types, for llama.cpp's tools on a merged folder: " + ", ".join(GGUF_TYPES))
 
 
 def patch_saving_functions(model: Any, vision: bool = False) -> Any:

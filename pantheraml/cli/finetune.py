@@ -15,8 +15,10 @@ from .. import __version__, env, log
 from ..data import formats, raw_text, sources
 from ..data.formats import Kind
 from ..data.sources import Loaded
+from ..device import require
 from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
-from .output import Output
+from ..export.gguf.types import resolve_types
+from .output import Output, program
 
 _COLUMN_PARTS = ("text", "prompt", "completion", "messages", "instruction", "input", "output")
 _LORA_ARGUMENTS = ("r", "lora_alpha", "lora_dropout", "bias", "random_state", "use_rslora", "use_dora")
@@ -114,6 +116,9 @@ def _check_saving(args: argparse.Namespace) -> None:
             why="merging into 4-bit weights loses accuracy that cannot be had back",
             hint="use merged_16bit; 4-bit loading quantises it again",
         )
+    if args.save_gguf or args.push_gguf:
+        require("gguf", what="--save_gguf" if args.save_gguf else "--push_gguf")
+        resolve_types(args.quantization)
 
 
 def _reporters(args: argparse.Namespace) -> list[str]:
@@ -329,7 +334,12 @@ def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) 
         model.save_pretrained_merged(args.save_path, tokenizer, save_method=args.save_method)
         saved[args.save_method] = args.save_path
         output.say(f"{args.save_method} is in {args.save_path}")
-    output.say(f"Talk to it: pantheraml chat {directory}")
+    if args.save_gguf:
+        written = model.save_pretrained_gguf(args.save_path, tokenizer, quantization_method=args.quantization)
+        if written is not None:
+            saved["gguf"] = written["gguf_directory"]
+            output.say(f"GGUF files: {', '.join(written['gguf_files'])}")
+    output.say(f"Talk to it: {program()} chat {directory}")
     return saved
 
 
@@ -337,6 +347,10 @@ def _push(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) 
     if args.push_model and env.rank() == 0:
         model.push_to_hub_merged(args.hub_path, tokenizer, save_method=args.save_method, token=args.hub_token)
         output.say(f"Pushed {args.save_method} to {args.hub_path}")
+    if args.push_gguf and env.rank() == 0:
+        options = {"quantization_method": args.quantization, "token": args.hub_token}
+        model.push_to_hub_gguf(args.hub_path, tokenizer, **options)
+        output.say(f"Pushed GGUF files to {args.hub_path}")
 
 
 def _write_run(args: argparse.Namespace, rows: Rows, metrics: dict[str, Any], saved: dict[str, str]) -> None:
@@ -344,7 +358,7 @@ def _write_run(args: argparse.Namespace, rows: Rows, metrics: dict[str, Any], sa
     flags = {
         name: {"value": value, "given": name in args.explicit}
         for name, value in sorted(vars(args).items())
-        if name != "explicit" and name not in _SECRETS
+        if name not in ("explicit", "argv") and name not in _SECRETS
     }
     record = {"pantheraml": __version__, "data": rows.description, "flags": flags, "metrics": metrics, "saved": saved}
     (Path(args.output_dir) / _RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

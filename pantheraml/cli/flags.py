@@ -40,6 +40,11 @@ def positive(text: str) -> int:
     return value
 
 
+def device_count(text: str) -> int | str:
+    """Parse a whole number of at least 1, or ``auto``."""
+    return text if text == "auto" else positive(text)
+
+
 def not_negative(text: str) -> int:
     """Parse a whole number of at least 0."""
     value = int(text)
@@ -181,14 +186,14 @@ TRAIN: tuple[Group, ...] = (
                 default="merged_16bit",
                 help="what --save_model and --push_model write",
             ),
-            _switch("--save_gguf", "also save GGUF files (not in this release: refused)"),
-            _flag("--save_path", default="model", help="folder for --save_model"),
+            _switch("--save_gguf", "also save GGUF files, to <save_path>_gguf"),
+            _flag("--save_path", default="model", help="folder for --save_model; GGUF files go to <save_path>_gguf"),
             _flag(
                 "--quantization",
                 "--quantization_method",
                 nargs="+",
                 default="q8_0",
-                help="GGUF quantisation, one or several; for --save_gguf",
+                help="GGUF quantisation, one or several; for --save_gguf and --push_gguf",
             ),
         ),
     ),
@@ -196,7 +201,7 @@ TRAIN: tuple[Group, ...] = (
         "push",
         (
             _switch("--push_model", "push the saved model to --hub_path"),
-            _switch("--push_gguf", "push GGUF files (not in this release: refused)"),
+            _switch("--push_gguf", "push GGUF files to --hub_path"),
             _flag("--hub_path", default="hf/model", help="owner/name on the hub"),
             _flag("--hub_token", default=None, help="hub token; `hf auth login` keeps it out of the process list"),
         ),
@@ -211,10 +216,16 @@ TRAIN: tuple[Group, ...] = (
         ),
     ),
     Group(
-        "several devices (not in this release: refused)",
+        "several devices",
         (
-            _flag("--gpus", type=positive, default=1, help="number of GPUs"),
-            _switch("--use_tpu", "train on TPU"),
+            _flag(
+                "--gpus",
+                type=device_count,
+                default=1,
+                metavar="N",
+                help="train on this many GPUs of this host, one process each; auto takes all",
+            ),
+            _switch("--use_tpu", "train on TPU (not in this release: refused)"),
         ),
     ),
 )

@@ -44,6 +44,7 @@ def save_merged(
     is_main_process: bool = True,
     overwrite: bool = True,
     finish: Callable[[Path], None] | None = None,
+    announce: bool = True,
 ) -> MergeReport | None:
     """Write the trained model so that plain transformers (or PEFT, for ``"lora"``) loads it.
 
@@ -65,6 +66,7 @@ def save_merged(
         is_main_process: False on ranks that are not to write; ranks above 0 of a launcher never write.
         overwrite: Whether an existing folder may be replaced.
         finish: Called with the folder before it gets its name, to add files to it (a model card).
+        announce: Tell in one line what was saved; False where the folder is a step of another export.
 
     Returns:
         The report; None on ranks that do not write.
@@ -92,7 +94,8 @@ def save_merged(
     else:
         merge = _Merge(model, dtype, merge_onto)
         report = merge.write(Path(directory), tokenizer, shard_size, finish, verify=verify, overwrite=overwrite)
-    log.info(report.summary())
+    if announce:
+        log.info(report.summary())
     return report
 
 

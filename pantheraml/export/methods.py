@@ -8,7 +8,7 @@ SAVE_METHODS = ("merged_16bit", "lora")
 _ELSEWHERE = {
     "merged_4bit": "a merge into 4-bit weights rounds the adapter away; use 'merged_16bit', and load it in 4 bit",
     "merged_4bit_forced": "it is not there yet; use 'merged_16bit', and load that with load_in_4bit=True",
-    "gguf": "write 'merged_16bit' first; see save_pretrained_gguf for the conversion",
+    "gguf": "it is not a merged folder; call save_pretrained_gguf",
 }
 QUANTIZED_METHODS = (
     *("mxfp4", "fp8", "fp8_dynamic", "w8a8_fp8", "fp8_static", "fp8_block", "int8", "w8a8", "w8a8_int8", "w8a16"),

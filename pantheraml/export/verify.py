@@ -92,7 +92,8 @@ def deviation(candidate: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from writing bars and messages about a reload that the user did not ask for."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -107,7 +108,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _reload(directory: Path, base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     kind: Any = getattr(transformers, type(base).__name__, type(base))
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = kind.from_pretrained(
                 str(directory), dtype="auto", local_files_only=True, output_loading_info=True, use_safetensors=True
             )

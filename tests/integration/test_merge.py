@@ -604,12 +604,6 @@ def test_saving_with_push_keeps_the_local_folder(tmp_path, hub, monkeypatch):
     assert (hub.kept / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["save_pretrained_gguf", "push_to_hub_gguf", "save_to_gguf"])
-def test_gguf_says_what_to_do(name):
-    with pytest.raises(UnsupportedError, match="convert_hf_to_gguf"):
-        getattr(facade, name)(object(), "dir", None, quantization_method="q4_k_m")
-
-
 def test_unknown_keyword_names_the_nearest():
     with pytest.raises(TypeError, match="did you mean 'variant'"):
         facade.push_to_hub_merged(object(), "a/b", varriant=None)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import log
+from ... import env, log
 from ...errors import ConfigError, ConflictError, UnsupportedError
 from ..output import Output
 
@@ -24,10 +24,6 @@ class _Later:
 _LATER: dict[tuple[str, ...], _Later] = {
     ("benchmark", "benchmark_type", "max_samples", "export"): _Later(
         "benchmarks come in a later release", "--eval_split or --eval_dataset measures the loss on held-out data"
-    ),
-    ("save_gguf", "push_gguf"): _Later(
-        "writing GGUF files comes in a later release",
-        "--save_model, and convert the merged folder with llama.cpp's convert_hf_to_gguf.py",
     ),
 }
 _DATASET_FLAGS = ("dataset", "dataset_config", "train_split", "format")
@@ -58,15 +54,9 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         asked = [flag for flag in flags if flag in given]
         if asked:
             raise UnsupportedError(f"--{asked[0]} cannot be honoured", why=release.why, hint=release.instead)
-    if args.gpus > 1:
-        raise UnsupportedError(
-            f"--gpus {args.gpus} cannot be honoured",
-            why="training on several GPUs from this command comes in a later release",
-            hint="leave it out to train on one GPU",
-        )
     if args.use_tpu:
         raise UnsupportedError("--use_tpu cannot be honoured", why="training on TPU comes in a later release")
-    if args.push_model and "hub_path" not in given:
+    if (args.push_model or args.push_gguf) and "hub_path" not in given:
         raise ConfigError("--hub_path is needed to push", hint="give the repository as --hub_path owner/name")
     if args.num_train_epochs == 0 or args.learning_rate == 0:
         name = "num_train_epochs" if args.num_train_epochs == 0 else "learning_rate"
@@ -82,10 +72,10 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
     """Say which flags were given and have no effect, since the one that they belong to was not."""
     saves, pushes = args.save_model, args.push_model
     idle = (
-        ("quantization", "save_gguf", False),
-        ("save_path", "save_model", saves),
+        ("quantization", "save_gguf", args.save_gguf or args.push_gguf),
+        ("save_path", "save_model", saves or args.save_gguf),
         ("save_method", "save_model", saves or pushes),
-        ("hub_path", "push_model", pushes),
+        ("hub_path", "push_model", pushes or args.push_gguf),
         ("chunk_size", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
         ("stride", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
         ("per_device_eval_batch_size", "eval_dataset", bool(args.eval_dataset or args.eval_split)),
@@ -95,10 +85,28 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
             log.warning(f"--{flag} has no effect without --{needed}")
 
 
+def _launched(args: argparse.Namespace) -> int | None:
+    """Run this command again in a process for each GPU; None where this process is to do the work."""
+    from ...parallel.launch import launch_module, processes_for
+
+    if env.world_size() > 1:
+        if args.gpus not in ("auto", env.world_size()):
+            raise ConflictError(
+                f"--gpus {args.gpus} was given to a launch of {env.world_size()} processes", hint="leave --gpus out"
+            )
+        return None
+    processes = processes_for(args.gpus)
+    return launch_module("pantheraml.cli", args.argv, processes) if processes > 1 else None
+
+
 def run(args: argparse.Namespace) -> int:
     """Fine-tune as the flags say."""
     refuse_contradictions(args)
     tell_idle_flags(args)
+    if "gpus" in args.explicit:
+        code = _launched(args)
+        if code is not None:
+            return code
     from ..finetune import fine_tune
 
     output = Output(json=args.json)
