@@ -79,6 +79,8 @@ CHECKPOINTING = ("unsloth", "pantheraml", "auto", "true", "false", "offload")
 
 _DEBUG = _switch("--debug", "show the traceback of an error")
 _JSON = _switch("--json", "print one json record on standard output, and everything else on standard error")
+_HUB_TOKEN = _flag("--hub_token", default=None, help="hub token; `hf auth login` keeps it out of the process list")
+_PARTS = ("text", "prompt", "completion", "messages", "instruction", "input", "output")
 
 TRAIN: tuple[Group, ...] = (
     Group(
@@ -203,7 +205,7 @@ TRAIN: tuple[Group, ...] = (
             _switch("--push_model", "push the saved model to --hub_path"),
             _switch("--push_gguf", "push GGUF files to --hub_path"),
             _flag("--hub_path", default="hf/model", help="owner/name on the hub"),
-            _flag("--hub_token", default=None, help="hub token; `hf auth login` keeps it out of the process list"),
+            _HUB_TOKEN,
         ),
     ),
     Group(
@@ -280,4 +282,37 @@ CHAT: tuple[Group, ...] = (
             _DEBUG,
         ),
     ),
+)
+
+# How rows are read is said with the flags that training has for it.
+_READING = frozenset(
+    {"--dataset_config", "--train_split", "--format", "--max_bad_fraction", *(f"--{part}_column" for part in _PARTS)}
+)
+
+DATA: tuple[Group, ...] = (
+    Group(
+        "what to do",
+        (
+            _flag("action", choices=("preview",), help="preview: rows as they are trained, lengths, what is lost"),
+            _flag("file", metavar="FILE", help="data file, folder of them, or hub data set"),
+        ),
+    ),
+    Group(
+        "tokens and labels",
+        (
+            _flag("--model", required=True, help="model folder, adapter folder or hub id; only its tokenizer is read"),
+            _flag(
+                "--max_length",
+                type=positive,
+                default=None,
+                help="longest sequence in tokens; unset takes 2048, or what the model has if that is less",
+            ),
+            _switch("--responses_only", "train on replies only, as train_on_responses_only does"),
+            _switch("--packing", "put several rows into one sequence"),
+            _switch("--trust_remote_code", "run Python code that comes with the tokenizer"),
+            _HUB_TOKEN,
+        ),
+    ),
+    Group("data", tuple(flag for group in TRAIN for flag in group.flags if flag.names[0] in _READING)),
+    Group("report", (_flag("--rows", type=not_negative, default=3, help="rows that are shown"), _JSON, _DEBUG)),
 )

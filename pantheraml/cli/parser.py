@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ..errors import nearest
 from .boundary import EXIT_CODES
-from .flags import CHAT, DEMO, DOCTOR, TRAIN, Group, amount, not_negative, positive, share
+from .flags import CHAT, DATA, DEMO, DOCTOR, TRAIN, Group, amount, not_negative, positive, share
 
 PROGRAM = "pantheraml"
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[Group, ...]]] = {
     "demo": ("fine-tune the embedded tiny model and watch it get better", DEMO),
     "doctor": ("versions, device, what is missing and what that costs", DOCTOR),
     "chat": ("talk to a model, merged model or adapter", CHAT),
+    "data": ("look at a data set as it will be trained, before training", DATA),
 }
 _METAVARS = {positive: "N", not_negative: "N", int: "N", amount: "X", share: "X"}
 _DESCRIPTION = "Fine-tune a language model: load, add LoRA, train, save. Or run a command: {commands}."

@@ -72,7 +72,7 @@ def train_on_responses_only(
         return masker.batch
     if num_proc is None:
         num_proc = getattr(trainer.args, "dataset_num_proc", None)
-    label = _Labeller(masker, tokenizer) if response_part is None else masker
+    label = Labeller(masker, tokenizer) if response_part is None else masker
     found: dict[str, Any] = {}
     told: list[str] = []
     collated = False
@@ -137,13 +137,14 @@ def _labelled(dataset: Any, label: Callable[..., Any], num_proc: int | None) -> 
 
 
 @dataclass(frozen=True)
-class _Labeller:
+class Labeller:
     """Labels of a row by its token ids, and by its messages where one of them spells a marker."""
 
     masker: ResponseMasker
     tokenizer: Any
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Return the labels of a tokenised row, in a dict for ``Dataset.map``."""
         chat = row.get("messages")
         if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
             chat = [*row["prompt"], *row["completion"]]
