@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu bench-kernels bench-training lint format clean
+.PHONY: help demo test test-gpu bench-kernels bench-training bench-data lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,9 @@ bench-kernels:  ## time every fused op beside its peers on this GPU, into benchm
 
 bench-training:  ## time fine-tuning steps beside the peers on this GPU, into benchmarks/reports
 	$(PYTHON) benchmarks/training/run.py --out benchmarks/reports
+
+bench-data: $(STAMP)  ## time the preparation of chats beside `tokenizers` alone, into benchmarks/reports
+	$(BIN)/python benchmarks/data/tokenise.py --out benchmarks/reports
 
 lint: $(STAMP)  ## style, format, types and the direction of imports
 	$(BIN)/ruff check .
