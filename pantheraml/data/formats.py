@@ -174,13 +174,6 @@ def _complete(kind: Kind, names: Mapping[str, str], dataset: Dataset) -> Format 
     return None
 
 
-def canonical(kind: Kind) -> Format:
-    """The format of rows that ``check`` returns: each part in the column of its own name."""
-    required, optional = PARTS[kind]
-    columns = {part: part for part in (*required, *optional)}
-    return Format(kind, columns | ({"role": "role", "content": "content"} if kind == "messages" else {}))
-
-
 def _string(row: Row, column: str, *, required: bool = True) -> str:
     value = row.get(column)
     if value is None:
@@ -278,7 +271,7 @@ def check(
         where: Name of the data set for messages.
 
     Returns:
-        A data set in the columns of ``canonical(format.kind)``.
+        A data set with each part in the column of its own name, messages with ``role`` and ``content``.
 
     Raises:
         DataError: more bad rows than tolerated, or none left.

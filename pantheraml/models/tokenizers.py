@@ -296,11 +296,6 @@ def has_double_bos(tokenizer: Any, text: str | None = None) -> bool:
     return inner.bos_token in template or re.search(r"\bbos_token\b", template) is not None
 
 
-def strip_bos(tokenizer: Any, text: str) -> str:
-    """Return ``text`` without a leading beginning-of-sequence token, for a tokenizer that adds its own."""
-    return text.lstrip().removeprefix(text_tokenizer(tokenizer).bos_token) if has_double_bos(tokenizer, text) else text
-
-
 def _trained_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
     """The rows of real tokens that training has moved: not the padding rows of the matrix, nor zeroed ones."""
     rows = weight[:count].float()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_tokenizer, make_tiny
 
+from pantheraml.data.sharegpt import remove_special_tokens
 from pantheraml.errors import ArgumentError, ConfigError
 from pantheraml.models.tokenizers import (
     add_new_tokens,
@@ -15,7 +16,6 @@ from pantheraml.models.tokenizers import (
     prepare_tokenizer,
     repair_padding,
     set_padding_side,
-    strip_bos,
 )
 
 
@@ -168,9 +168,11 @@ def test_double_bos(tokenizer):
     assert has_double_bos(tokenizer)
     assert has_double_bos(tokenizer, "<s>hello")
     assert not has_double_bos(tokenizer, "hello")
-    assert strip_bos(tokenizer, "<s>hello") == "hello"
+    assert remove_special_tokens(tokenizer, "<s>hello") == "hello"
     ids = tokenizer(
-        strip_bos(tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
+        remove_special_tokens(
+            tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        )
     )
     assert ids["input_ids"].count(tokenizer.bos_token_id) == 1
     tokenizer.chat_template = "{{ messages[0]['content'] }}"

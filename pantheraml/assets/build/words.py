@@ -91,10 +91,6 @@ class Source:
         rest = list(values)
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
-    def shuffled(self, values: Sequence[T]) -> list[T]:
-        """All of ``values`` in random order."""
-        return self.sample(values, len(values))
-
     def invented(self) -> str:
         """A word of one to three syllables that need not exist."""
         return "".join(self.pick(ONSETS) + self.pick(VOWELS) + self.pick(CODAS) for _ in range(1 + self.below(3)))
