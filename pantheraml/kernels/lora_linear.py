@@ -71,7 +71,11 @@ class Projection:
 
 
 class Term(NamedTuple):
-    """A projection as the products below take it: at most one adapter, parameters as tensors or None."""
+    """A projection as the products below take it: at most one adapter, parameters as tensors or None.
+
+    ``grad_dtype`` is the dtype of the gradients of A and B where the tensors here are rounded copies of the parameters;
+    None means their own.
+    """
 
     base: Projection
     weight: torch.Tensor | None
@@ -80,6 +84,7 @@ class Term(NamedTuple):
     B: torch.Tensor | None
     scaling: float
     backend: dispatch.Backend
+    grad_dtype: torch.dtype | None = None
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The base weight in ``dtype``."""
@@ -97,6 +102,16 @@ class TermGradients(NamedTuple):
     bias: torch.Tensor | None
     A: torch.Tensor | None
     B: torch.Tensor | None
+    weight: torch.Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which of one term's parameters need a gradient."""
+
+    bias: bool
+    A: bool
+    B: bool
+    weight: bool = False
 
 
 def joined_A(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor | None:
@@ -116,22 +131,46 @@ def _pieces(terms: Sequence[Term]) -> list[slice]:
     return pieces
 
 
-def project(x: torch.Tensor, u: torch.Tensor, terms: Sequence[Term]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Outputs of all terms for ``x`` [T, I], and ``u @ joined_A.T`` for the backward."""
+def project(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    terms: Sequence[Term],
+    *,
+    A: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Outputs of all terms for ``x`` [T, I], and ``u @ A.T`` for the backward.
+
+    Args:
+        x: The bases' input [T, I].
+        u: The adapters' input [T, I]: x, or dropout of x.
+        terms: The projections.
+        A: What ``joined_A`` would return, for a caller that has it.
+        residual: [T, O], added to the output; for one term.
+        out: [T, O], receives the output; for one term.
+    """
     dtype = x.dtype
-    A = joined_A(terms, dtype)
+    A = joined_A(terms, dtype) if A is None else A
     skinny = None if A is None else torch.mm(u, A.t())
     outputs = []
     for term, piece in zip(terms, _pieces(terms)):
         bias = None if term.bias is None else term.bias.to(dtype)
         if term.B is None or skinny is None:
-            outputs.append(functional.linear(x, term.dense(dtype), bias))
+            if residual is None and out is None:
+                outputs.append(functional.linear(x, term.dense(dtype), bias))
+                continue
+            added = bias if residual is None else residual if bias is None else residual + bias
+            weight = term.dense(dtype).t()
+            outputs.append(torch.mm(x, weight, out=out) if added is None else torch.addmm(added, x, weight, out=out))
             continue
         columns, B = skinny[:, piece], term.B.to(dtype).t()
-        if bias is None:
-            y = _scaled_product(columns, B, term.scaling, x.new_empty((x.shape[0], B.shape[1])))
+        added = bias if residual is None else residual if bias is None else residual + bias
+        if added is None:
+            y = x.new_empty((x.shape[0], B.shape[1])) if out is None else out
+            _scaled_product(columns, B, term.scaling, y)
         else:
-            y = torch.addmm(bias, columns, B, alpha=term.scaling)
+            y = torch.addmm(added, columns, B, alpha=term.scaling, out=out)
         outputs.append(y.addmm_(x, term.dense(dtype).t()))
     return outputs, skinny
 
@@ -152,52 +191,51 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scalin
 
 def project_backward(
     grads: Sequence[torch.Tensor | None],
-    u: torch.Tensor | None,
+    u: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor] | None,
     skinny: torch.Tensor | None,
     terms: Sequence[Term],
-    needs: Sequence[tuple[bool, bool, bool]],
+    needs: Sequence[Needs],
     *,
     need_x: bool,
     need_u: bool,
+    A: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[TermGradients]]:
     """Gradients of ``project``.
 
     Args:
         grads: [T, O] of each output, None for an output that nobody used.
-        u: The adapters' input [T, I]; needed when an A is trained.
-        skinny: ``u @ joined_A.T``; needed when a B is trained.
+        u: The adapters' input [T, I], or a function that makes it from the gradient of x; needed when an A is trained,
+            and, being x itself, when a base weight is.
+        skinny: ``u @ A.T`` of all terms; needed when a B is trained.
         terms: As in the forward.
-        needs: Whether bias, A and B of each term need a gradient.
+        needs: Which parameters of each term need a gradient.
         need_x: Whether the base's input does.
         need_u: Whether the adapters' input does, when it is another tensor. Otherwise its gradient joins that of x.
+        A: What ``joined_A`` would return, for a caller that has it.
 
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
     """
     dtype = next(grad.dtype for grad in grads if grad is not None)
     rows = next(grad.shape[0] for grad in grads if grad is not None)
-    A = joined_A(terms, dtype)
-    through_A = A is not None and (need_x or need_u or any(need[1] for need in needs))
+    A = joined_A(terms, dtype) if A is None else A
+    through_A = A is not None and (need_x or need_u or any(need.A for need in needs))
     thin: torch.Tensor | None = None
     if through_A and A is not None:
-        thin = A.new_zeros((rows, A.shape[0])) if len(terms) > 1 else A.new_empty((rows, A.shape[0]))
+        unused = any(grad is None for grad in grads)
+        thin = A.new_zeros((rows, A.shape[0])) if unused else A.new_empty((rows, A.shape[0]))
     result: list[TermGradients] = []
     pieces = _pieces(terms)
-    for grad, term, piece, (need_bias, _, need_B) in zip(grads, terms, pieces, needs):
+    for grad, term, piece, need in zip(grads, terms, pieces, needs):
         grad_bias = grad_B = None
         if grad is not None:
             if thin is not None and term.B is not None:
                 _scaled_product(grad, term.B.to(dtype), term.scaling, thin[:, piece])
-            if need_bias and term.bias is not None:
+            if need.bias and term.bias is not None:
                 grad_bias = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(term.bias.dtype)
-            if need_B and term.B is not None and skinny is not None:
-                grad_B = _product(grad.t(), skinny[:, piece], term.B.dtype, term.scaling)
+            if need.B and term.B is not None and skinny is not None:
+                grad_B = _product(grad.t(), skinny[:, piece], term.grad_dtype or term.B.dtype, term.scaling)
         result.append(TermGradients(grad_bias, None, grad_B))
-    if thin is not None and u is not None and any(need[1] for need in needs):
-        wide = _product(thin.t(), u, torch.float32 if dtype != torch.float64 else dtype)
-        for i, (term, piece, need) in enumerate(zip(terms, pieces, needs)):
-            if need[1] and term.A is not None:
-                result[i] = result[i]._replace(A=wide[piece].to(term.A.dtype))
     through = None if thin is None or A is None else (thin, A)
     grad_x = torch.mm(*through) if through is not None and need_x and not need_u else None
     grad_u = torch.mm(*through) if through is not None and need_u else None
@@ -206,6 +244,18 @@ def project_backward(
             if grad is not None:
                 weight = term.dense(dtype)
                 grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
+    if u is not None and not isinstance(u, torch.Tensor):
+        u = u(grad_x)
+    if u is None:
+        return grad_x, grad_u, result
+    for i, (grad, term, need) in enumerate(zip(grads, terms, needs)):
+        if need.weight and grad is not None and term.weight is not None:
+            result[i] = result[i]._replace(weight=_product(grad.t(), u, term.weight.dtype))
+    if thin is not None and any(need.A for need in needs):
+        wide = _product(thin.t(), u, torch.float32 if dtype != torch.float64 else dtype)
+        for i, (term, piece, need) in enumerate(zip(terms, pieces, needs)):
+            if need.A and term.A is not None:
+                result[i] = result[i]._replace(A=wide[piece].to(term.grad_dtype or term.A.dtype))
     return grad_x, grad_u, result
 
 
@@ -246,9 +296,9 @@ def flatten(
     return tuple(statics), tensors
 
 
-def needs_of(flags: Sequence[bool], count: int) -> list[tuple[bool, bool, bool]]:
-    """Which of bias, A, B of each projection need a gradient, from flags for (weight, bias, A, B) of each."""
-    return [(flags[4 * i + 1], flags[4 * i + 2], flags[4 * i + 3]) for i in range(count)]
+def needs_of(flags: Sequence[bool], count: int) -> list[Needs]:
+    """Which parameters of each projection need a gradient, from flags for (weight, bias, A, B) of each."""
+    return [Needs(flags[4 * i + 1], flags[4 * i + 2], flags[4 * i + 3], flags[4 * i]) for i in range(count)]
 
 
 class _Projections(torch.autograd.Function):
@@ -261,8 +311,8 @@ class _Projections(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             outputs, skinny = project(flat, flat if u is None else u.reshape(flat.shape), terms)
         needs = needs_of(ctx.needs_input_grad[3:], len(statics))
-        keep_u = (x if u is None else u) if any(need[1] for need in needs) else None
-        keep_skinny = skinny if any(need[2] for need in needs) else None
+        keep_u = (x if u is None else u) if any(need.A for need in needs) else None
+        keep_skinny = skinny if any(need.B for need in needs) else None
         ctx.save_for_backward(keep_u, keep_skinny, *tensors)
         ctx.set_materialize_grads(False)
         ctx.statics, ctx.separate, ctx.shape = statics, u is not None, x.shape

@@ -58,7 +58,7 @@ class _LoraMLP(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gate, up = gate.detach().requires_grad_(inner), up.detach().requires_grad_(inner)
             hidden: torch.Tensor | None = None
-            if inner or needs[2][1]:
+            if inner or needs[2].A:
                 with torch.enable_grad():
                     hidden = glu(gate, up, ctx.activation, **ctx.options)
             grad_y = upstream[0].reshape(-1, upstream[0].shape[-1])
