@@ -1,10 +1,11 @@
-"""Which layer inputs are kept, recomputed or moved to the host between forward and backward.
+"""What of each decoder layer is kept, recomputed or moved to the host between forward and backward.
 
-The unit is the decoder layer. Keeping a layer's activations costs memory, recomputing them costs a second forward. The
-automatic mode measures both: the first step at a new size recomputes every layer but the last, which is kept to learn
-what keeping costs; from the next step on as many layers are kept as fit into the stated share of what was free. The
-last layers are the ones kept, because backward frees them first. Where the device does not report its memory (a CPU),
-everything is kept.
+Keeping a layer's activations costs memory, recomputing them costs time. The automatic mode measures: the first step at a
+new size keeps the least, and its peak tells what is left of the stated share of the free memory. From the next step on
+that is spent where a byte saves the most time, the last layers first, because backward frees them first. Layers that run
+as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or recomputed
+as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU), everything is
+kept.
 
 Works through the seam that transformers gives every ``GradientCheckpointingLayer``: the function that runs a layer
 under checkpointing is ours, per instance. Recomputation is the non-reentrant kind throughout, which DDP needs.
@@ -13,8 +14,9 @@ under checkpointing is ours, per instance. Recomputation is the non-reentrant ki
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import log
 from ..errors import ConfigError, UnsupportedError
+from .host_memory import HostStash, OffloadSaved
+from .layers.block import Keep
+from .layers.decoder import Cost, costs_of
 
 Mode = Literal["auto", "recompute", "offload", "keep"]
 
@@ -36,9 +41,17 @@ MODES: dict[bool | str | None, Mode] = {
     False: "keep",
     None: "keep",
 }
-
-# Inputs below this size stay on the device: a copy over PCIe costs more than the memory is worth.
-_OFFLOAD_MIN_BYTES = 2 * 1024**2
+# The level of every layer in the modes that do not plan.
+_FIXED = {"recompute": Keep.INPUT, "offload": Keep.HOST, "keep": Keep.ALL}
+# While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
+_WORKING_LAYERS = 2.5
+_DESCRIPTIONS = {
+    Keep.ALL: "kept",
+    Keep.RESIDUAL: "kept but for the MLP's inner part",
+    Keep.ATTENTION: "recomputed around attention's kept result",
+    Keep.INPUT: "recomputed",
+    Keep.HOST: "recomputed from inputs held in host memory",
+}
 
 
 def mode_of(value: bool | str | None) -> Mode:
@@ -79,38 +92,88 @@ def read_memory(device: torch.device) -> Memory | None:
     return Memory(stats_allocated, backend.max_memory_allocated(device), free + cached)
 
 
+def upgrades(costs: dict[Keep, Cost]) -> list[tuple[Keep, int, float]]:
+    """The levels worth keeping at, each with the bytes and seconds beyond the one before, the best byte first.
+
+    Levels that save less time a byte than a higher one does are passed over, so that the gain a byte only falls.
+    """
+    chosen: list[tuple[Keep, int, float]] = []
+    level = min(costs)
+    while True:
+        here = costs[level]
+        ahead = [(k, c.bytes - here.bytes, here.seconds - c.seconds) for k, c in costs.items() if k > level]
+        ahead = [(k, more, gain) for k, more, gain in ahead if gain > 0]
+        if not ahead:
+            return chosen
+        best = max(ahead, key=lambda entry: (entry[2] / max(entry[1], 1), entry[0]))
+        chosen.append(best)
+        level = best[0]
+
+
+def allot(costs: Sequence[dict[Keep, Cost]], budget: int) -> list[Keep]:
+    """Choose each layer's level so that ``budget`` bytes beyond the lowest levels save the most time.
+
+    Args:
+        costs: Of each layer in forward order, what the levels it can be kept at hold and take.
+        budget: Bytes to spend.
+    """
+    levels = [min(c) for c in costs]
+    steps = [
+        (-gain / max(more, 1), order, -index, index, level, more)
+        for index, c in enumerate(costs)
+        for order, (level, more, gain) in enumerate(upgrades(c))
+    ]
+    full: set[int] = set()
+    for _, _, _, index, level, more in sorted(steps):
+        if index in full:
+            continue
+        if more > budget:
+            full.add(index)
+            continue
+        levels[index] = level
+        budget -= more
+    return levels
+
+
 @dataclass
-class Budget:
-    """What one measured size needs.
+class _Measured:
+    """What one size of forward on one device needs.
 
     Attributes:
         tokens: Tokens (batch x sequence) of the measured forward.
-        keep_bytes: Extra bytes that keeping one layer costs over recomputing it.
+        length: Its sequence length.
         limit: Bytes that may be allocated in all.
-        peak: Peak bytes of a step that recomputes every layer, or None while that step is still running.
+        peak: Peak bytes of a step at the lowest levels, or None while that step is still running.
+        whole: Bytes that one kept layer adds, as the last layer of the first step showed; 0 while unknown.
     """
 
     tokens: int
-    keep_bytes: int
+    length: int
     limit: int
     peak: int | None = None
+    whole: int = 0
 
-    def layers_to_keep(self, tokens: int, layers: int) -> int:
-        """How many layers fit when a forward has ``tokens`` tokens; the plan recomputes all of a larger one."""
-        if self.peak is None or tokens > self.tokens:
-            return 0
-        cost = max(1, self.keep_bytes * tokens // self.tokens)
-        return max(0, min(layers, (self.limit - self.peak) // cost))
+
+@dataclass
+class _Group:
+    """The layers on one device."""
+
+    indices: list[int] = field(default_factory=list)
+    measured: _Measured | None = None
+    lowest: dict[int, Keep] = field(default_factory=dict)
+    # (tokens, sequence length) -> levels
+    allotted: dict[tuple[int, int], list[Keep]] = field(default_factory=dict)
 
 
 class ActivationPlan:
-    """Runs every decoder layer of one model, keeping or recomputing its activations.
+    """Decides for every decoder layer of one model what is kept of its activations.
 
     Args:
         layers: The decoder layers in forward order.
         mode: ``"auto"``, ``"recompute"``, ``"offload"`` or ``"keep"``.
         fraction: Share of the free device memory that the automatic mode may fill, over 0 and at most 1.
         memory: Reads the allocator of a device; replaced in tests.
+        costs: What a layer's levels hold and take; None for a layer that is kept whole or not at all.
     """
 
     def __init__(
@@ -120,6 +183,7 @@ class ActivationPlan:
         *,
         fraction: float = 0.9,
         memory: Callable[[torch.device], Memory | None] = read_memory,
+        costs: Callable[[nn.Module, int, int], dict[Keep, Cost] | None] = costs_of,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(
@@ -128,128 +192,170 @@ class ActivationPlan:
             )
         self.mode = mode
         self.fraction = fraction
-        self.kept: int = len(layers) if mode == "keep" else 0
+        self.levels: list[Keep] = [_FIXED.get(mode, Keep.INPUT) for _ in layers]
+        self._layers = list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
         self._memory = memory
-        self._budget: Budget | None = None
-        self._measuring = False
+        self._costs = costs
+        self._groups: dict[torch.device, _Group] | None = None
+        self._measuring: int | None = None
+        self._told: str | None = None
+        self._stash = HostStash()
+
+    @property
+    def kept(self) -> int:
+        """How many layers are kept whole."""
+        return sum(level == Keep.ALL for level in self.levels)
+
+    def keep(self, layer: nn.Module, hidden: torch.Tensor) -> tuple[Keep, Callable[..., Any] | None]:
+        """What a layer that runs as one node keeps, and what moves a tensor to the host and back."""
+        level = self._level(layer, hidden)
+        return level, self._stash.put if level == Keep.HOST and hidden.is_cuda else None
 
     def run(self, function: functools.partial[Any], *args: Any) -> Any:
         """Run one layer: what ``GradientCheckpointingLayer`` calls with its own forward, all keywords bound."""
         if not torch.is_grad_enabled() or self.mode == "keep":
             return function(*args)
-        if self.mode == "auto":
-            return self._run_planned(function, *args)
-        return self._recompute(function, *args)
+        # transformers binds the layer as the first argument; before 5.20 it binds the layer's own __call__.
+        owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+        hidden = args[0] if args else function.keywords.get("hidden_states")
+        if not isinstance(hidden, torch.Tensor) or id(owner) not in self._index:
+            return self._recompute(Keep.INPUT, function, *args)
+        level = self._level(owner, hidden)
+        if self._measuring == self._index[id(owner)]:
+            return self._measure(function, hidden, *args)
+        return function(*args) if level == Keep.ALL else self._recompute(level, function, *args)
+
+    def shrink(self) -> None:
+        """After an allocation failed: keep the least from now on, until a new size is measured."""
+        self._free_cached()
+        for group in (self._groups or {}).values():
+            group.allotted.clear()
+            if group.measured is not None:
+                group.measured.peak = group.measured.limit
+        self.levels = [min(level, Keep.HOST if self._layers_on_gpu() else Keep.INPUT) for level in self.levels]
+        log.warning("activations: the device ran out of memory; from here on every layer is recomputed")
 
     def describe(self) -> str:
         """Say in one line what the plan does now."""
-        layers = len(self._index)
-        if self.mode == "keep":
-            return f"activations of all {layers} layers are kept"
-        if self.mode == "recompute":
-            return f"activations of all {layers} layers are recomputed"
-        if self.mode == "offload":
-            return f"activations of all {layers} layers are recomputed from inputs held in host memory"
-        if self._budget is None and self.kept:
-            return f"activations of all {layers} layers are kept (this device does not report its memory)"
-        if self._budget is None or self._budget.peak is None:
+        layers = len(self.levels)
+        if self.mode != "auto":
+            return f"activations of all {layers} layers are {_DESCRIPTIONS[_FIXED[self.mode]]}"
+        if self._groups is None:
             return f"activations: measuring, all {layers} layers are recomputed until then"
-        return (
-            f"activations of {self.kept} of {layers} layers are kept, the rest recomputed "
-            f"({self._budget.keep_bytes / 2**20:,.0f} MiB a layer at {self._budget.tokens:,} tokens)"
-        )
+        measured = [g.measured for g in self._groups.values() if g.measured is not None]
+        if not measured:
+            return f"activations of all {layers} layers are kept (this device does not report its memory)"
+        if any(m.peak is None for m in measured):
+            return f"activations: measuring, all {layers} layers are recomputed until then"
+        counts = Counter(self.levels)
+        parts = [f"{counts[level]} {text}" for level, text in _DESCRIPTIONS.items() if counts[level]]
+        tokens = max(m.tokens for m in measured)
+        return f"activations of {layers} layers at {tokens:,} tokens: {', '.join(parts)}"
 
-    def _recompute(self, function: functools.partial[Any], *args: Any) -> Any:
-        if self.mode == "offload":
-            with _Offload():
-                return checkpoint(function, *args, use_reentrant=False)
-        return checkpoint(function, *args, use_reentrant=False)
+    # ------------------------------------------------------------ planning
 
-    def _run_planned(self, function: functools.partial[Any], *args: Any) -> Any:
-        # transformers binds the layer as the first argument; before 5.20 it binds the layer's own __call__.
-        owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
-        index = self._index.get(id(owner))
-        hidden = args[0] if args else function.keywords.get("hidden_states")
-        if not isinstance(hidden, torch.Tensor) or index is None:
-            return self._recompute(function, *args)
-        if index == 0:
+    def _level(self, layer: Any, hidden: torch.Tensor) -> Keep:
+        index = self._index[id(layer)]
+        if index == 0 and self.mode == "auto":
             self._begin(hidden)
-        layers = len(self._index)
-        if self._measuring and index == layers - 1:
-            return self._measure(function, hidden, *args)
-        return function(*args) if index >= layers - self.kept else self._recompute(function, *args)
+        return self.levels[index]
 
     def _begin(self, hidden: torch.Tensor) -> None:
-        """Start a forward: finish the measurement of the last step, and decide how many layers this one keeps."""
-        tokens = hidden.numel() // hidden.shape[-1]
-        memory = self._memory(hidden.device)
-        if memory is None:
-            # A CPU trains out of host memory, which is large and shared with the page cache: nothing to plan against.
-            self.kept = len(self._index)
-            return
-        budget = self._budget
-        if budget is not None and budget.peak is None and not self._measuring:
-            budget.peak = memory.peak
-            self._report(budget)
-        if budget is None or tokens > budget.tokens:
-            limit = memory.allocated + int(self.fraction * memory.free)
-            self._budget = Budget(tokens=tokens, keep_bytes=0, limit=limit)
-            self._measuring = True
-            self.kept = 0
-            return
-        self._measuring = False
-        self.kept = budget.layers_to_keep(tokens, len(self._index))
+        """Start a forward: finish the measurement of the last step, and choose the levels of this one."""
+        tokens, length = hidden.numel() // hidden.shape[-1], hidden.shape[-2]
+        self._measuring = None
+        if self._groups is None:
+            self._groups = {}
+            for index, layer in enumerate(self._layers):
+                place = next((p.device for p in layer.parameters()), hidden.device)
+                self._groups.setdefault(place, _Group()).indices.append(index)
+        for device, group in self._groups.items():
+            memory = self._memory(device)
+            if memory is None:
+                # A CPU trains out of host memory, which is large and shared with the page cache: nothing to plan for.
+                for index in group.indices:
+                    self.levels[index] = Keep.ALL
+                continue
+            self._plan(group, memory, hidden, tokens, length)
+        planned = [g.measured for g in self._groups.values() if g.measured is not None]
+        if planned and all(m.peak is not None for m in planned):
+            told = self.describe()
+            if told != self._told:
+                self._told = told
+                log.info(told)
 
-    def _report(self, budget: Budget) -> None:
-        self.kept = budget.layers_to_keep(budget.tokens, len(self._index))
-        log.info(self.describe())
+    def _plan(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
+        measured = group.measured
+        if measured is not None and measured.peak is None:
+            measured.peak = memory.peak
+        if measured is None or tokens > measured.tokens or length > measured.length:
+            limit = memory.allocated + int(self.fraction * memory.free)
+            group.measured = _Measured(tokens, length, limit)
+            group.allotted.clear()
+            self._start(group, memory, hidden, tokens, length)
+            return
+        assert measured.peak is not None
+        size = tokens, length
+        if size not in group.allotted:
+            costs = [self._offered(index, group, tokens, length) for index in group.indices]
+            group.allotted[size] = allot(costs, measured.limit - measured.peak)
+        for index, level in zip(group.indices, group.allotted[size]):
+            self.levels[index] = level
+
+    def _offered(self, index: int, group: _Group, tokens: int, length: int) -> dict[Keep, Cost]:
+        """The levels of a layer from its lowest on; a layer that is no node is kept whole or not at all."""
+        lowest = group.lowest.get(index, Keep.INPUT)
+        costs = self._costs(self._layers[index], tokens, length)
+        if costs is None:
+            measured = group.measured
+            assert measured is not None
+            whole = max(measured.whole, 1) * tokens // measured.tokens
+            costs = {lowest: Cost(0, 1.0), Keep.ALL: Cost(whole, 0.0)} if measured.whole else {lowest: Cost(0, 1.0)}
+        return {level: cost for level, cost in costs.items() if level >= lowest}
+
+    def _start(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
+        """The levels of the step that measures: inputs only, and those on the host that would not fit."""
+        own = hidden.numel() * hidden.element_size()
+        costs = self._costs(self._layers[group.indices[-1]], tokens, length)
+        working = int(_WORKING_LAYERS * costs[Keep.ALL].bytes) if costs is not None else 8 * own
+        room = int(self.fraction * memory.free) - working
+        fitting = max(0, min(len(group.indices), room // max(own, 1)))
+        moved = len(group.indices) - fitting
+        group.lowest = {index: Keep.HOST if i < moved else Keep.INPUT for i, index in enumerate(group.indices)}
+        for index, level in group.lowest.items():
+            self.levels[index] = level
+        if costs is None and not moved:
+            self._measuring = group.indices[-1]
 
     def _measure(self, function: functools.partial[Any], hidden: torch.Tensor, *args: Any) -> Any:
-        """Run the last layer keeping its activations and note what that adds to the allocator."""
-        assert self._budget is not None
+        """Run a layer keeping its activations and note what that adds to the allocator."""
+        assert self._groups is not None
+        group = next(g for g in self._groups.values() if self._measuring in g.indices)
         before = self._memory(hidden.device)
         output = function(*args)
         after = self._memory(hidden.device)
         assert before is not None
         assert after is not None
+        assert group.measured is not None
         own = hidden.numel() * hidden.element_size()
-        self._budget.keep_bytes = max(after.allocated - before.allocated - own, 1)
-        self._measuring = False
+        group.measured.whole = max(after.allocated - before.allocated - own, 1)
+        self._measuring = None
         return output
 
+    def _recompute(self, level: Keep, function: functools.partial[Any], *args: Any) -> Any:
+        if level == Keep.HOST:
+            with OffloadSaved(self._stash):
+                return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False)
 
-class _Offload(torch.autograd.graph.saved_tensors_hooks):
-    """Moves what is saved inside it to pinned host memory on a side stream, and back when backward asks."""
-
-    def __init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-
-    @staticmethod
-    def _pack(tensor: torch.Tensor) -> Any:
-        if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _OFFLOAD_MIN_BYTES:
-            return tensor
-        stream = _side_stream(tensor.device)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)
-            done = stream.record_event()
-        return tensor.device, host, done
+    def _layers_on_gpu(self) -> bool:
+        return any(p.is_cuda for layer in self._layers[:1] for p in layer.parameters())
 
     @staticmethod
-    def _unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        device, host, done = packed
-        torch.cuda.current_stream(device).wait_event(done)
-        return host.to(device, non_blocking=True)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    def _free_cached() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from .. import log
 from . import loss as _loss  # noqa: F401  (registers the losses of lazy logits)
 from .families import KEEP_STOCK
 from .fused_head import uninstall_fused_head
-from .layers import attention, head, lora, mlp, norm
+from .layers import attention, decoder, head, lora, mlp, norm
 from .layers.slots import Swap, foreign_forward, install, is_installed, swap_of, uninstall
 from .roles import Candidate, Role, base_model, find_roles
 
@@ -29,6 +29,7 @@ PLANNERS: dict[Role, Planner] = {
     Role.ATTENTION: attention.plan,
     Role.LORA: lora.plan,
     Role.HEAD: head.plan,
+    Role.LAYER: decoder.plan,
 }
 # Differs in every layer and decides nothing by itself: what depends on it lies in attributes of its own.
 _POSITION = "layer_idx"
@@ -41,7 +42,7 @@ class Swapped:
 
     Attributes:
         module: Its name in the transformers model.
-        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"`` or ``"head"``.
+        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"``, ``"head"`` or ``"layer"``.
         implementation: The op that serves it.
     """
 
@@ -56,7 +57,7 @@ class Left:
 
     Attributes:
         module: Its name in the transformers model.
-        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"``, ``"head"`` or ``"experts"``.
+        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"``, ``"head"``, ``"layer"`` or ``"experts"``.
         reason: Why.
     """
 
@@ -105,7 +106,9 @@ def _signature(candidate: Candidate) -> tuple[object, ...]:
         for name, value in sorted(vars(module).items())
         if not name.startswith("_") and not isinstance(value, (int, float, str, bool))
     )
-    children = tuple((name, repr(child)) for name, child in module.named_children())
+    # A layer's own children have candidates, and signatures, of their own.
+    show = type if candidate.role is Role.LAYER else repr
+    children = tuple((name, show(child)) for name, child in module.named_children())
     parameters = tuple((name, None if p is None else (p.shape, p.dtype)) for name, p in module._parameters.items())
     return candidate.role, type(module), plain, others, children, parameters
 

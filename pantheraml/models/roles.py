@@ -35,6 +35,7 @@ class Role(StrEnum):
     LORA = "lora"
     HEAD = "head"
     EXPERTS = "experts"
+    LAYER = "layer"
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,25 @@ def head_modules(name: str, head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, head
 
 
+def decoder_children(module: nn.Module) -> tuple[str, str, list[str]] | None:
+    """Names of a decoder layer's attention, its MLP and its norms; None unless that is all that has parameters."""
+    attention, mlp, norms = [], [], []
+    if next(module.parameters(recurse=False), None) is not None:
+        return None
+    for name, child in module.named_children():
+        if looks_like_attention(child):
+            attention.append(name)
+        elif is_declared_norm(child) or looks_like_norm(child):
+            norms.append(name)
+        elif looks_like_glu_mlp(child):
+            mlp.append(name)
+        elif next(child.parameters(), None) is not None:
+            return None
+    if len(attention) != 1 or len(mlp) != 1 or not 1 <= len(norms) <= 4:
+        return None
+    return attention[0], mlp[0], norms
+
+
 def find_roles(model: nn.Module) -> list[Candidate]:
     """Propose a role for every module that has one.
 
@@ -223,6 +243,8 @@ def find_roles(model: nn.Module) -> list[Candidate]:
             found.append(Candidate(name, module, Role.EXPERTS))
         elif looks_like_glu_mlp(module):
             found.append(Candidate(name, module, Role.GLU_MLP))
+        elif decoder_children(module) is not None:
+            found.append(Candidate(name, module, Role.LAYER))
     return found + heads
 
 

@@ -109,13 +109,11 @@ def test_errors_say_what_where_why_and_what_next():
 
 
 ROOT_SCRIPT = """
-import sys, time
+import sys
 for blocked in {blocked!r}:
     sys.modules[blocked] = None
-start = time.perf_counter()
 import pantheraml
-assert time.perf_counter() - start < 0.3
-assert "torch" not in sys.modules
+assert not {{"torch", "numpy", "transformers", "peft", "trl", "accelerate", "datasets"}} & set(sys.modules)
 assert pantheraml.DEVICE_TYPE in ("cpu", "cuda", "hip", "xpu", "mps", "xla")
 assert pantheraml.DEVICE_COUNT >= 1
 assert pantheraml.is_bf16_supported() == pantheraml.is_bfloat16_supported()

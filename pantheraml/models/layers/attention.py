@@ -138,7 +138,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     plan: AttentionPlan = plan_of(self)
     call = {**dict(zip(_NAMED, args)), **kwargs}
     x, positions = call.get("hidden_states"), call.get("position_embeddings")
-    attend = _attention_function(self)
+    attend = attention_function(self)
     if (
         len(args) > len(_NAMED)
         or not isinstance(x, torch.Tensor)
@@ -157,7 +157,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _finish(plan, self, x, attended), weights
 
 
-def _attention_function(module: Any) -> Callable[..., Any] | None:
+def attention_function(module: Any) -> Callable[..., Any] | None:
     """The function the model's configuration names; eager attention is each modelling file's own."""
     name = module.config._attn_implementation
     if name in ALL_ATTENTION_FUNCTIONS:

@@ -27,7 +27,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _untouched(layer: nn.Module) -> bool:
+def untouched(layer: nn.Module) -> bool:
     """Whether calling a layer does nothing but its class's forward."""
     return not (
         "forward" in layer.__dict__
@@ -38,10 +38,10 @@ def _untouched(layer: nn.Module) -> bool:
     )
 
 
-def _base_weight(layer: nn.Module) -> torch.Tensor | Quantized4Bit | None:
-    """The frozen weight of a linear layer, dense or 4-bit; None for any other kind."""
+def _base_weight(layer: nn.Module, *, trained: bool = False) -> torch.Tensor | Quantized4Bit | None:
+    """The weight of a linear layer, dense or 4-bit, frozen unless ``trained`` allows both; None for any other kind."""
     weight = layer._parameters.get("weight")
-    if weight is None or weight.requires_grad or not _untouched(layer):
+    if weight is None or (weight.requires_grad and not trained) or not untouched(layer):
         return None
     if type(layer) is nn.Linear:
         return weight if plain_tensor(weight) else None
@@ -55,22 +55,23 @@ def _base_weight(layer: nn.Module) -> torch.Tensor | Quantized4Bit | None:
     return cached[1]
 
 
-def projection_of(module: nn.Module, x: torch.Tensor) -> Projection | None:
-    """Describe a LoRA layer, or a plain frozen linear layer, for the fused ops.
+def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) -> Projection | None:
+    """Describe a LoRA layer, or a plain linear layer, for the fused ops.
 
     Args:
         module: A child of an attention or MLP block.
         x: The input it is about to be given.
+        trained: Whether base weights that require a gradient are served too. Default False.
 
     Returns:
         The projection; None when the module has to run its own forward to keep its meaning.
     """
     if not is_lora(module):
-        return _plain(module, x)
+        return _plain(module, x, trained=trained)
     layer: Any = module
     if layer.disable_adapters or layer.merged or not _untouched_lora(layer):
         return None
-    weight = _base_weight(layer.base_layer)
+    weight = _base_weight(layer.base_layer, trained=trained)
     if weight is None:
         return None
     dtype = compute_dtype(x)
@@ -82,7 +83,7 @@ def projection_of(module: nn.Module, x: torch.Tensor) -> Projection | None:
         dropout = layer.lora_dropout[name]
         active_dropout = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
         plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
-        if name in layer.lora_variant or active_dropout or not plain or not (_untouched(A) and _untouched(B)):
+        if name in layer.lora_variant or active_dropout or not plain or not (untouched(A) and untouched(B)):
             return None
         if not plain_tensor(A.weight) or not plain_tensor(B.weight):
             return None
@@ -98,8 +99,8 @@ def _untouched_lora(layer: nn.Module) -> bool:
     return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _plain(module: nn.Module, x: torch.Tensor) -> Projection | None:
-    weight = _base_weight(module)
+def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection | None:
+    weight = _base_weight(module, trained=trained)
     # Without autocast a frozen layer of another dtype raises in torch; that is for its own forward to say.
     if weight is None or weight.dtype != compute_dtype(x):
         return None

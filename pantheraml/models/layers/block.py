@@ -1,0 +1,567 @@
+"""A whole decoder layer as one node of the autograd graph, with a hand-written backward.
+
+For each layer, with ``n`` its norms (any of which may be missing) and ``s`` its residual scale::
+
+    h1  = h + s * n(attention(n(h)))
+    out = h1 + s * n(mlp(n(h1)))                        or, in parallel, h + s * (n(attention(n(h))) + n(mlp(n(h))))
+
+What the backward needs of the outputs of norms and activations is computed again, which costs a pass over memory; of the
+rest, ``Keep`` says what is kept and what is multiplied out again. Attention runs under autograd, in a small graph of its
+own between queries, keys, values and its result, so that every attention function works here as it is; where queries,
+keys and values are not kept, that graph holds places for them, filled again before its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from ...kernels.lora_linear import (
+    Needs,
+    Projection,
+    Static,
+    Term,
+    TermGradients,
+    flatten,
+    needs_of,
+    project,
+    project_backward,
+    terms_of,
+)
+from .pieces import Norm, Turn, activate, activate_backward
+
+# Rows of one pass through an MLP whose gate and up are not kept: 2 x 14,336 columns of them are 0.9 GB in bfloat16.
+MLP_ROWS = 16384
+
+
+class Keep(IntEnum):
+    """What of a layer stays in memory between forward and backward; each level includes the ones below it."""
+
+    HOST = 0
+    """Nothing: the layer's input is moved to host memory."""
+    INPUT = 1
+    """The layer's input."""
+    ATTENTION = 2
+    """The result of attention (and its row statistics), so that attention is not run again."""
+    RESIDUAL = 3
+    """Queries, keys, values, and the residual between attention and MLP: only gate and up are multiplied again."""
+    ALL = 4
+    """The outputs of gate and up too: no matrix product is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One call of a layer, besides its tensors that need gradients.
+
+    Attributes:
+        norms: Before attention, after it, before the MLP, after it; None where there is none.
+        head_norms: Of queries and keys, or None.
+        norm_heads: Whether these take each head alone.
+        statics: Of q, k, v, o, then gate, up, down or, packed, gate_up, down.
+        turn: Rotation of queries and keys.
+        head_dim: Size of a head D.
+        attend: Maps q, k, v [B, heads, T, D] to [B, T, heads, D].
+        activation: Of the MLP.
+        packed: ``"gate_first"`` or ``"up_first"`` where one projection makes both gate and up.
+        scale: Residual scale s.
+        parallel: Whether MLP and attention read the same residual.
+        keep: What stays in memory.
+        offload: Moves a tensor to the host and returns what brings it back.
+    """
+
+    norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
+    head_norms: tuple[Norm, Norm] | None
+    norm_heads: bool
+    statics: tuple[Static, ...]
+    turn: Turn
+    head_dim: int
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    activation: str
+    packed: str | None
+    scale: float
+    parallel: bool
+    keep: Keep
+    offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
+
+    def all_norms(self) -> list[Norm]:
+        """The norms, each once, in the order of their parameters among the tensors."""
+        found = (*self.norms, *(self.head_norms or ()))
+        return list({id(norm): norm for norm in found if norm is not None}.values())
+
+
+class _Places(torch.autograd.graph.saved_tensors_hooks):
+    """Keeps places instead of the tensors that share memory with the given ones; ``filled`` has their successors."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._index = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
+        self.filled: Sequence[torch.Tensor] = ()
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        index = self._index.get(tensor.untyped_storage().data_ptr())
+        if index is None:
+            return tensor
+        return index, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        index, size, stride, offset = packed
+        return self.filled[index].detach().as_strided(size, stride, offset)
+
+
+class _Enter(torch.autograd.Function):
+    """Queries, keys and values as the beginning of a small graph that does not hold their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        return (None,) * (1 + len(grads))
+
+
+@dataclass(slots=True)
+class _Attended:
+    """The result of attention [B, T, heads, D], with the small graph behind it where it was recorded."""
+
+    result: torch.Tensor
+    edges: Sequence[Any] = ()
+    places: _Places | None = None
+
+    def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of q, k, v [B, heads, T, D]."""
+        return torch.autograd.grad(self.result, self.edges, grad.view(self.result.shape))
+
+
+@dataclass(slots=True)
+class _State:
+    """What one run of a layer has at hand. What is None was not kept and is computed again."""
+
+    x: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
+    skinny: torch.Tensor | None = None
+    unnormed: tuple[torch.Tensor, ...] = ()
+    head_rstd: tuple[torch.Tensor | None, ...] = (None, None)
+    attended: _Attended | None = None
+    skinny_o: torch.Tensor | None = None
+    branch: torch.Tensor | None = None
+    middle: torch.Tensor | None = None
+    mlp: _MLPState | None = None
+
+
+@dataclass(slots=True)
+class _MLPState:
+    """Of the MLP, for some rows."""
+
+    x: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    joint: torch.Tensor | None = None
+    skinny: torch.Tensor | None = None
+    skinny_down: torch.Tensor | None = None
+    branch: torch.Tensor | None = None
+
+
+def _working(
+    groups: Sequence[Sequence[Term]], dtype: torch.dtype
+) -> tuple[list[list[Term]], list[torch.Tensor | None]]:
+    """The terms with adapters in the compute dtype, and for each group all its A below one another.
+
+    All copies are made by one call into one buffer: on a small model the launches of separate casts take longer than
+    the layer's products.
+    """
+    sources = [p for group in groups for p in (*(t.A for t in group), *(t.B for t in group)) if p is not None]
+    if not sources:
+        return [list(group) for group in groups], [None for _ in groups]
+    buffer = torch.empty(sum(p.numel() for p in sources), dtype=dtype, device=sources[0].device)
+    views = [part.view(p.shape) for part, p in zip(buffer.split([p.numel() for p in sources]), sources)]
+    torch._foreach_copy_(views, [p.detach() for p in sources])
+    remaining = iter(views)
+    working, joined = [], []
+    for group in groups:
+        As = [None if term.A is None else next(remaining) for term in group]
+        Bs = [None if term.B is None else next(remaining) for term in group]
+        working.append(
+            [
+                term if A is None else term._replace(A=A, B=B, grad_dtype=term.A.dtype)  # type: ignore[union-attr]
+                for term, A, B in zip(group, As, Bs)
+            ]
+        )
+        present = [A for A in As if A is not None]
+        if present:
+            rows = sum(A.shape[0] for A in present)
+            joined.append(present[0].as_strided((rows, present[0].shape[1]), (present[0].shape[1], 1)))
+        else:
+            joined.append(None)
+    return working, joined
+
+
+class _Layer:
+    """The arithmetic of one layer; all tensors are matrices [rows, features] unless said."""
+
+    def __init__(
+        self, spec: Spec, shape: torch.Size, dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]
+    ) -> None:
+        self.spec = spec
+        self.batch, self.length = shape[0], shape[1]
+        counts = [len(norm.parameters()) for norm in spec.all_norms()]
+        self.norm_parameters: dict[int, Sequence[Any]] = {}
+        start = 0
+        for norm, count in zip(spec.all_norms(), counts):
+            self.norm_parameters[id(norm)] = tensors[start : start + count]
+            start += count
+        terms = terms_of(spec.statics, tensors[start:])
+        (self.qkv, self.o, self.lift, self.down), self.joined = _working(
+            (terms[:3], terms[3:4], terms[4:-1], terms[-1:]), dtype
+        )
+
+    # ------------------------------------------------------------ forward
+
+    def _norm(self, which: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        norm = self.spec.norms[which]
+        return (x, None) if norm is None else norm.forward(x, self.norm_parameters[id(norm)])
+
+    def queries(self, state: _State, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k, v [B, heads, T, D] of the residual h."""
+        spec = self.spec
+        state.x, state.rstd = self._norm(0, h)
+        (q, k, v), state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
+        heads = (self.batch, self.length, -1, spec.head_dim)
+        if spec.head_norms is not None:
+            shape = heads if spec.norm_heads else (self.batch, self.length, -1)
+            state.unnormed = q.view(shape), k.view(shape)
+            normed = [n.forward(x, self.norm_parameters[id(n)]) for n, x in zip(spec.head_norms, state.unnormed)]
+            (q, first), (k, second) = normed
+            state.head_rstd = first, second
+        q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
+        return tuple(x.view(heads).transpose(1, 2) for x in (q, k, v))
+
+    def attend(self, qkv: tuple[torch.Tensor, ...], keep: Keep) -> _Attended:
+        """Run attention, keeping what its own backward needs as far as ``keep`` says."""
+        if keep < Keep.ATTENTION:
+            with torch.no_grad():
+                return _Attended(self.spec.attend(*qkv))
+        places = _Places(qkv) if keep == Keep.ATTENTION else None
+        with torch.enable_grad(), places or nullcontext():
+            entered = _Enter.apply(torch.empty(0, requires_grad=True), *qkv)
+            edges = [get_gradient_edge(x) for x in entered]
+            return _Attended(self.spec.attend(*entered), edges, places)
+
+    def add_attention(self, state: _State, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """``h + s * n(o(attended))``."""
+        flat = attended.detach().reshape(h.shape[0], -1)
+        y, state.skinny_o, state.branch = self._add(1, h, flat, self.o, self.joined[1])
+        return y
+
+    def _add(
+        self,
+        which: int,
+        h: torch.Tensor,
+        x: torch.Tensor,
+        terms: Sequence[Term],
+        A: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Add a branch's projection to the residual; also its thin product and, before a norm, the projection itself."""
+        if self.spec.norms[which] is None and self.spec.scale == 1.0:
+            (y,), skinny = project(x, x, terms, A=A, residual=h, out=out)
+            return y, skinny, None
+        (branch,), skinny = project(x, x, terms, A=A)
+        normed, _ = self._norm(which, branch)
+        y = torch.add(h, normed, alpha=self.spec.scale, out=out)
+        return y, skinny, branch if self.spec.norms[which] is not None else None
+
+    def mlp(self, middle: torch.Tensor, base: torch.Tensor, state: _MLPState, out: torch.Tensor | None) -> torch.Tensor:
+        """``base + s * n(mlp(n(middle)))`` for some rows."""
+        spec = self.spec
+        self._lift(middle, state)
+        assert state.gate is not None
+        assert state.up is not None
+        product = activate(state.gate, state.up, spec.activation)
+        y, state.skinny_down, state.branch = self._add(3, base, product, self.down, self.joined[3], out)
+        return y
+
+    def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
+        state.x, state.rstd = self._norm(2, middle)
+        outputs, state.skinny = project(state.x, state.x, self.lift, A=self.joined[2])
+        if self.spec.packed is None:
+            state.gate, state.up = outputs
+        else:
+            state.joint = outputs[0]
+            state.gate, state.up = self._halves(state.joint)
+
+    def _halves(self, joint: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first, second = joint.chunk(2, dim=-1)
+        return (first, second) if self.spec.packed == "gate_first" else (second, first)
+
+    def _chunks(self, rows: int) -> Iterator[slice]:
+        for start in range(0, rows, MLP_ROWS):
+            yield slice(start, min(start + MLP_ROWS, rows))
+
+    def forward(self, h: torch.Tensor, keep: Keep) -> tuple[torch.Tensor, _State]:
+        """The layer's output, and what ``keep`` asks for."""
+        state = _State()
+        state.attended = self.attend(self.queries(state, h), keep)
+        added = self.add_attention(state, h, state.attended.result)
+        # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
+        state.middle = h if self.spec.parallel else added
+        if keep == Keep.ALL:
+            state.mlp = _MLPState()
+            out = self.mlp(state.middle, added, state.mlp, None)
+            state.mlp.x = state.mlp.rstd = None
+        else:
+            out = torch.empty_like(added)
+            for rows in self._chunks(h.shape[0]):
+                self.mlp(state.middle[rows], added[rows], _MLPState(), out[rows])
+        if keep < Keep.RESIDUAL:
+            return out, _State(attended=state.attended if keep == Keep.ATTENTION else None)
+        # One pass over the residual makes it again.
+        state.x = state.rstd = None
+        return out, state
+
+    # ------------------------------------------------------------ backward
+
+    def restore(self, state: _State, h: torch.Tensor) -> None:
+        """Compute again what was not kept, but gate and up."""
+        if state.middle is not None:
+            state.x, state.rstd = self._norm(0, h)
+            return
+        qkv = self.queries(state, h)
+        if state.attended is None:
+            state.attended = self.attend(qkv, Keep.ALL)
+        elif state.attended.places is not None:
+            state.attended.places.filled = qkv
+        added = self.add_attention(state, h, state.attended.result)
+        state.middle = h if self.spec.parallel else added
+
+    def backward(
+        self, h: torch.Tensor, state: _State, grad: torch.Tensor, flags: Sequence[bool], need_h: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Gradients of h and of the tensors that ``flags`` names."""
+        spec = self.spec
+        norms = spec.all_norms()
+        self.norm_grads: dict[int, list[torch.Tensor | None]] = {}
+        self.norm_needs: dict[int, Sequence[bool]] = {}
+        start = 0
+        for norm in norms:
+            count = len(self.norm_parameters[id(norm)])
+            self.norm_needs[id(norm)] = flags[start : start + count]
+            start += count
+        needs = needs_of(flags[start:], len(spec.statics))
+        self.restore(state, h)
+        d_middle, lifts = self._mlp_backward(state, grad, needs[4:])
+        if spec.parallel:
+            d_added, residual = grad, grad + d_middle
+        else:
+            d_added = residual = d_middle
+        d_h, attention = self._attention_backward(state, h, d_added, needs[:4], residual, need_h)
+        projections = [g for p in (*attention, *lifts) for g in (p.weight, p.bias, p.A, p.B)]
+        return d_h, [*(g for norm in norms for g in self.norm_grads[id(norm)]), *projections]
+
+    def _branch_backward(self, which: int, grad: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+        """From the gradient of the residual to that of a branch's projection."""
+        scaled = grad if self.spec.scale == 1.0 else grad * self.spec.scale
+        norm = self.spec.norms[which]
+        if norm is None:
+            return scaled
+        assert branch is not None
+        parameters = self.norm_parameters[id(norm)]
+        _, rstd = norm.forward(branch, parameters)
+        grad_branch, grads = norm.backward(scaled, branch, rstd, parameters, self.norm_needs[id(norm)])
+        self._collect(norm, grads)
+        return grad_branch
+
+    def _collect(self, norm: Norm, grads: list[torch.Tensor | None]) -> None:
+        before = self.norm_grads.get(id(norm))
+        self.norm_grads[id(norm)] = grads if before is None else [_sum(a, b) for a, b in zip(before, grads)]
+
+    def _norm_backward(
+        self,
+        which: int,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        rstd: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        need: bool = True,
+    ) -> torch.Tensor | None:
+        """Through the norm before a branch, back into the residual."""
+        norm = self.spec.norms[which]
+        if norm is None:
+            return dy if residual is None else dy + residual
+        needs = self.norm_needs[id(norm)]
+        if not need and not any(needs):
+            self._collect(norm, [None for _ in needs])
+            return None
+        grad, grads = norm.backward(dy, x, rstd, self.norm_parameters[id(norm)], needs, residual)
+        self._collect(norm, grads)
+        return grad
+
+    def _mlp_backward(
+        self, state: _State, grad: torch.Tensor, needs: Sequence[Needs]
+    ) -> tuple[torch.Tensor, list[TermGradients]]:
+        """Gradient of the residual before the MLP (through it too, in a sequential layer), and of its parameters."""
+        assert state.middle is not None
+        if state.mlp is not None or any(need.weight for need in needs) or grad.shape[0] <= MLP_ROWS:
+            mlp = state.mlp or _MLPState()
+            state.mlp = None
+            return self._mlp_rows_backward(state.middle, mlp, grad, needs)
+        d_middle = torch.empty_like(grad)
+        total: list[TermGradients] | None = None
+        for rows in self._chunks(grad.shape[0]):
+            part, grads = self._mlp_rows_backward(state.middle[rows], _MLPState(), grad[rows], needs)
+            d_middle[rows] = part
+            total = grads if total is None else [TermGradients(*map(_sum, a, b)) for a, b in zip(total, grads)]
+        assert total is not None
+        return d_middle, total
+
+    def _mlp_rows_backward(
+        self, middle: torch.Tensor, state: _MLPState, grad: torch.Tensor, needs: Sequence[Needs]
+    ) -> tuple[torch.Tensor, list[TermGradients]]:
+        spec = self.spec
+        if state.gate is None:
+            self._lift(middle, state)
+            if spec.norms[3] is not None:
+                assert state.gate is not None
+                assert state.up is not None
+                product = activate(state.gate, state.up, spec.activation)
+                (state.branch,), state.skinny_down = project(product, product, self.down, A=self.joined[3])
+            elif self.joined[3] is not None:
+                assert state.gate is not None
+                assert state.up is not None
+                product = activate(state.gate, state.up, spec.activation)
+                state.skinny_down = torch.mm(product, self.joined[3].t())
+        else:
+            state.x, state.rstd = self._norm(2, middle)
+        dy = self._branch_backward(3, grad, state.branch)
+        gate, up, joint = state.gate, state.up, state.joint
+        assert gate is not None
+        assert up is not None
+        state.branch = state.gate = state.up = state.joint = None
+        trained = needs[-1].A or needs[-1].weight
+
+        def through(d_product: torch.Tensor | None) -> torch.Tensor:
+            """Gate and up become their gradients, and the product's gradient the product, which A or W is trained on."""
+            assert d_product is not None
+            activate_backward(d_product, gate, up, spec.activation, again=trained)
+            return d_product
+
+        _, _, last = project_backward(
+            [dy], through, state.skinny_down, self.down, needs[-1:], need_x=True, need_u=False, A=self.joined[3]
+        )
+        assert state.x is not None
+        lifted = [gate, up] if joint is None else [joint]
+        dx, _, first = project_backward(
+            lifted, state.x, state.skinny, self.lift, needs[:-1], need_x=True, need_u=False, A=self.joined[2]
+        )
+        assert dx is not None
+        d_middle = self._norm_backward(2, dx, middle, state.rstd, None if spec.parallel else grad)
+        assert d_middle is not None
+        return d_middle, [*first, *last]
+
+    def _attention_backward(
+        self,
+        state: _State,
+        h: torch.Tensor,
+        grad: torch.Tensor,
+        needs: Sequence[Needs],
+        residual: torch.Tensor,
+        need_h: bool,
+    ) -> tuple[torch.Tensor | None, list[TermGradients]]:
+        """From the gradient of the residual after attention to that before it, to which ``residual`` is added."""
+        spec, rows = self.spec, h.shape[0]
+        attended = state.attended
+        assert attended is not None
+        dy = self._branch_backward(1, grad, state.branch)
+        flat = attended.result.detach().reshape(rows, -1)
+        d_attended, _, grads_o = project_backward(
+            [dy], flat, state.skinny_o, self.o, needs[3:], need_x=True, need_u=False, A=self.joined[1]
+        )
+        assert d_attended is not None
+        dq, dk, dv = (x.transpose(1, 2) for x in attended.backward(d_attended))
+        state.attended = None
+        del attended, flat, d_attended
+        dq, dk = spec.turn(dq, dk, backward=True)
+        if spec.head_norms is not None:
+            dq, dk = (
+                self._head_norm_backward(*args)
+                for args in zip(spec.head_norms, (dq, dk), state.unnormed, state.head_rstd)
+            )
+        grads = [x.reshape(rows, -1) for x in (dq, dk, dv)]
+        dx, _, grads_qkv = project_backward(
+            grads, state.x, state.skinny, self.qkv, needs[:3], need_x=True, need_u=False, A=self.joined[0]
+        )
+        assert dx is not None
+        return self._norm_backward(0, dx, h, state.rstd, residual, need_h), [*grads_qkv, *grads_o]
+
+    def _head_norm_backward(
+        self, norm: Norm, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor | None
+    ) -> torch.Tensor:
+        needs = self.norm_needs[id(norm)]
+        grad, grads = norm.backward(dy.reshape(x.shape), x, rstd, self.norm_parameters[id(norm)], needs)
+        self._collect(norm, grads)
+        return grad
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, spec: Spec, *tensors: torch.Tensor | None) -> torch.Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            layer = _Layer(spec, h.shape, h.dtype, tensors)
+            out, state = layer.forward(h.reshape(-1, h.shape[-1]), spec.keep)
+        ctx.fetch = spec.offload(h) if spec.offload is not None and spec.keep == Keep.HOST else None
+        ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)
+        ctx.layer, ctx.state = layer, state
+        return out.view(h.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # Also refuses a second backward through a freed graph, and parameters that were written to since.
+        h = ctx.saved_tensors[0] if ctx.fetch is None else ctx.fetch()
+        layer, state = ctx.layer, ctx.state
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # What is kept is used up by a backward: where another may follow, this one works on a fresh run.
+            state = _State()
+        else:
+            ctx.layer = ctx.state = ctx.fetch = None
+        flags = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            d_h, grads = layer.backward(
+                h.reshape(-1, h.shape[-1]), state, grad.reshape(-1, grad.shape[-1]), flags[2:], flags[0]
+            )
+        return None if d_h is None or not flags[0] else d_h.view(h.shape), None, *grads
+
+
+def decoder_layer(
+    h: torch.Tensor,
+    spec: Spec,
+    projections: Sequence[Projection],
+    norms: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Run a decoder layer as one node.
+
+    Args:
+        h: Residual [B, T, H].
+        spec: The layer; its ``statics`` are filled in here.
+        projections: Of q, k, v, o, gate, up, down (or q, k, v, o, gate_up, down).
+        norms: Parameters of ``spec.all_norms()``.
+
+    Returns:
+        The residual after the layer, [B, T, H].
+    """
+    statics, tensors = flatten(projections, "auto")
+    return _DecoderLayer.apply(h, replace(spec, statics=statics), *norms, *tensors)

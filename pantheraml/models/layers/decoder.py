@@ -1,0 +1,440 @@
+"""Decoder layers that run as one node of the autograd graph: how they are recognised, and when a call can take it.
+
+What a layer does with its norms, its attention and its MLP is learnt from its own forward: the probe runs it in float64
+with simple functions in their places. Everything else about a call (adapters, hooks, caches, dtypes) is looked at each
+time, and a call that the node does not cover runs the layer's own forward, with its fused parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.lora_linear import Projection
+from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
+from ..roles import QKV, decoder_children, plain_tensor
+from .attention import AttentionPlan, attention_function
+from .block import Keep, Spec, decoder_layer
+from .lora import compute_dtype, projection_of, untouched
+from .mlp import GluPlan
+from .pieces import Norm, Turn
+from .slots import Swap, is_installed, plan_of, stock_forward, swap_of
+
+WIDTH = 6
+TOLERANCE = 1e-12
+# Names under which layers receive what attention needs; the last is unknown to all of them.
+_HIDDEN, _POSITIONS, _MASK, _CACHE = "hidden_states", "position_embeddings", "attention_mask", "past_key_values"
+_UNKNOWN = "_pantheraml_keyword"
+# Ask for something besides the output.
+_MORE_OUTPUT = ("output_attentions", "output_router_logits")
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """What a layer does.
+
+    Attributes:
+        attention: Name of the child.
+        mlp: Name of the child.
+        norms: Names of the norms before attention, after it, before the MLP and after it, or None.
+        scale: Factor of each branch.
+        parallel: Whether the MLP reads the residual that attention reads.
+        names: Parameters of the layer's forward after self.
+        routes: Keyword of the attention module -> parameter of the layer.
+        passes: Whether unknown keywords reach the attention module.
+    """
+
+    attention: str
+    mlp: str
+    norms: tuple[str | None, str | None, str | None, str | None]
+    scale: float
+    parallel: bool
+    names: tuple[str, ...]
+    routes: tuple[tuple[str, str], ...] = ()
+    passes: bool = True
+
+    def compute(self, h: torch.Tensor, run: Callable[[str], Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+        """Apply the formula; ``run`` gives each child's function."""
+
+        def apply(name: str | None, x: torch.Tensor) -> torch.Tensor:
+            return x if name is None else run(name)(x)
+
+        before, after, before_mlp, after_mlp = self.norms
+        added = h + self.scale * apply(after, run(self.attention)(apply(before, h)))
+        read = h if self.parallel else added
+        return added + self.scale * apply(after_mlp, run(self.mlp)(apply(before_mlp, read)))
+
+
+# ---------------------------------------------------------------- probing
+
+
+class _Stub(nn.Module):
+    """Stands for a child: an odd function of its own, and a note of how it was called."""
+
+    def __init__(self, index: int, pair: bool) -> None:
+        super().__init__()
+        self.index, self.pair = index, pair
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def function(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x * (0.7 + 0.13 * self.index) + 0.1 * (self.index + 1)) + 0.3 * x
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        x = args[0] if args else kwargs[_HIDDEN]
+        return (self.function(x), None) if self.pair else self.function(x)
+
+
+def _arrangements(norms: list[str]) -> Iterator[tuple[tuple[str | None, ...], bool]]:
+    """Places of the norms, every norm somewhere; then the same with one norm before both branches of a parallel layer."""
+    for places in itertools.permutations((*norms, *(None,) * (4 - len(norms)))):
+        yield places, False
+        yield places, True
+    if len(norms) == 1:
+        yield (norms[0], None, norms[0], None), True
+
+
+def plan(module: Any) -> Swap | str:
+    """Find out how a layer joins its attention, its MLP and its norms.
+
+    Args:
+        module: A candidate for the decoder layer role.
+
+    Returns:
+        What to install, or why the module keeps its forward.
+    """
+    found = decoder_children(module)
+    if found is None:
+        return "it holds something besides attention, a gated MLP and norms"
+    attention, mlp, norms = found
+    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    if not names or names[0] != _HIDDEN:
+        return "its forward takes other arguments"
+    stubs: dict[str, Any] = {name: _Stub(i, name == attention) for i, name in enumerate((attention, mlp, *norms))}
+    others = {name: copy_child(child) for name, child in module.named_children() if name not in stubs}
+    clone: Any = stand_in(module, {}, {**others, **stubs})
+    clone.gradient_checkpointing = False
+    h = torch.randn(1, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    given: dict[str, Any] = {name: object() for name in (*names[1:], _UNKNOWN)}
+    # What layers look into.
+    plain = {name: None for name in given if name in (_MASK, _CACHE)} | {n: False for n in given if n in _MORE_OUTPUT}
+    given |= plain
+    kinds = inspect.signature(type(module).forward).parameters
+    variadic = [name for name, p in kinds.items() if p.kind is p.VAR_KEYWORD]
+    call = {name: value for name, value in given.items() if name not in variadic and (name != _UNKNOWN or variadic)}
+    try:
+        with torch.no_grad():
+            output = type(module).forward(clone, h, **call)
+    except FOREIGN_ERRORS as error:
+        return f"its forward cannot be probed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if not isinstance(output, torch.Tensor):
+        return "its forward returns more than the hidden states"
+    scales = [1.0, *(v for v in vars(module).values() if isinstance(v, float))]
+    for scale, (places, parallel) in itertools.product(dict.fromkeys(scales), _arrangements(norms)):
+        candidate = DecoderPlan(attention, mlp, places, scale, parallel, names)  # type: ignore[arg-type]
+        expected = candidate.compute(h, lambda name: stubs[name].function)
+        if bool(((output - expected).abs() <= TOLERANCE * expected.abs()).all()):
+            break
+    else:
+        return "its forward computes something else"
+    ((_, keywords),) = stubs[attention].calls
+    routes = []
+    for name, value in keywords.items():
+        source = next((n for n, v in call.items() if v is value and n not in plain), None)
+        if name in (_HIDDEN, _UNKNOWN) or (value is None and name in (_MASK, _CACHE)):
+            continue
+        if source is None and name not in plain:
+            return f"it gives its attention {name!r}, which is none of its own arguments"
+        if source is not None:
+            routes.append((name, source))
+    if (_POSITIONS, _POSITIONS) not in routes:
+        return "it does not hand its position embeddings on"
+    routes += [(name, name) for name in (_MASK, _CACHE) if name in keywords and name in names]
+    final = DecoderPlan(
+        attention,
+        mlp,
+        places,  # type: ignore[arg-type]
+        scale,
+        parallel,
+        tuple(n for n in names if n not in variadic),
+        tuple(routes),
+        _UNKNOWN in keywords,
+    )
+    return Swap("layer", "decoder_layer", final, forward)
+
+
+# ---------------------------------------------------------------- calling
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The modules of a layer that a call has to look at, found once.
+
+    Attributes:
+        attention: The attention module.
+        mlp: The MLP.
+        norms: As in ``Spec``.
+        head_norms: As in ``Spec``.
+        linears: Children that project, in the order of ``decoder_layer``.
+        parents: For each of ``linears``, its parent and name, to notice that it was replaced.
+        quiet: Modules whose own forward is passed over, so that no hook of theirs may be.
+    """
+
+    attention: Any
+    mlp: Any
+    norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
+    head_norms: tuple[Norm, Norm] | None
+    linears: list[Any]
+    parents: list[tuple[Any, str]]
+    quiet: list[Any] = field(default_factory=list)
+
+    def current(self) -> bool:
+        """Whether the layer still holds these modules, with what ``adapt`` put into them and no hooks of others."""
+        return all(parent[name] is linear for (parent, name), linear in zip(self.parents, self.linears)) and all(
+            _quiet(module) for module in self.quiet
+        )
+
+
+def _quiet(module: Any) -> bool:
+    d = module.__dict__
+    return not (
+        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
+    ) and (is_installed(module) if swap_of(module) is not None else untouched(module))
+
+
+_PARTS = "_pantheraml_parts"
+
+
+def _parts(layer: Any) -> _Parts | None:
+    """The layer's parts; None when one of them is not served by a plan that the node knows."""
+    parts = layer.__dict__.get(_PARTS)
+    if parts is not None and parts.current():
+        return parts
+    plan: DecoderPlan = plan_of(layer)
+    attention, mlp = layer._modules[plan.attention], layer._modules[plan.mlp]
+    attention_swap, mlp_swap = swap_of(attention), swap_of(mlp)
+    if attention_swap is None or mlp_swap is None:
+        return None
+    heads: AttentionPlan = attention_swap.plan
+    glu: GluPlan = mlp_swap.plan
+    if not isinstance(heads, AttentionPlan) or not isinstance(glu, GluPlan):
+        return None
+    if glu.up is None and glu.layout == "interleaved":
+        return None
+    known: dict[str, Norm] = {}
+    norms = tuple(
+        None if name is None else known.setdefault(name, Norm.of(layer._modules[name])) for name in plan.norms
+    )
+    head_norms = None
+    if heads.norms is not None:
+        head_norms = tuple(Norm.of(attention._modules[name]) for name in heads.norms)
+    parents = [(attention._modules, name) for name in (*QKV, heads.output)]
+    parents += [(mlp._modules, name) for name in (glu.gate, glu.up, glu.down) if name is not None]
+    parts = _Parts(
+        attention,
+        mlp,
+        norms,  # type: ignore[arg-type]
+        head_norms,  # type: ignore[arg-type]
+        [parent[name] for parent, name in parents],
+        parents,
+        [attention, mlp, *(n.module for n in (*norms, *(head_norms or ())) if n is not None)],
+    )
+    if not parts.current():
+        return None
+    layer.__dict__[_PARTS] = parts
+    return parts
+
+
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a swapped decoder layer; a call that the node does not cover goes to the layer's own forward."""
+    plan: DecoderPlan = plan_of(self)
+    call = {**dict(zip(plan.names, args)), **kwargs}
+    prepared = _prepare(self, plan, call) if torch.is_grad_enabled() and len(args) <= len(plan.names) else None
+    if prepared is None:
+        return stock_forward(self, *args, **kwargs)
+    h, spec, projections, norms = prepared
+    try:
+        return decoder_layer(h, spec, projections, norms)
+    except torch.OutOfMemoryError:
+        planner = _planner(self)
+        if planner is None or spec.keep <= Keep.INPUT:
+            raise
+        planner.shrink()
+        keep, offload = planner.keep(self, h)
+        return decoder_layer(h, replace(spec, keep=keep, offload=offload), projections, norms)
+
+
+def _prepare(
+    layer: Any, plan: DecoderPlan, call: dict[str, Any]
+) -> tuple[torch.Tensor, Spec, list[Projection], list[torch.Tensor]] | None:
+    h, positions = call.get(_HIDDEN), call.get(_POSITIONS)
+    if (
+        not isinstance(h, torch.Tensor)
+        or h.dim() != 3
+        or not plain_tensor(h)
+        or not isinstance(positions, tuple)
+        or call.get(_CACHE) is not None
+        or any(call.get(name) for name in _MORE_OUTPUT)
+        or not compute_dtype(h) == h.dtype == positions[0].dtype
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(h)
+    ):
+        return None
+    parts = _parts(layer)
+    if parts is None:
+        return None
+    keep, offload = _keep(layer, h)
+    if keep is None:
+        return None
+    heads: AttentionPlan = plan_of(parts.attention)
+    glu: GluPlan = plan_of(parts.mlp)
+    if regime_of(h, None) not in glu.regimes:
+        return None
+    projections = [projection_of(linear, h, trained=True) for linear in parts.linears]
+    if any(projection is None for projection in projections):
+        return None
+    every = [norm for norm in dict.fromkeys((*parts.norms, *(parts.head_norms or ()))) if norm is not None]
+    parameters = [p for norm in every for p in norm.parameters()]
+    for norm in every:
+        weight = norm.module._parameters.get("weight")
+        if norm.plan is not None and regime_of(h, weight) not in norm.plan.regimes:
+            return None
+    if any(p.dtype != h.dtype for p in parameters):
+        return None
+    attend = _attend(parts.attention, plan, heads, call)
+    if attend is None or not _anything_trained(h, projections, parameters):
+        return None
+    arrange = heads.rotation.arrange
+    spec = Spec(
+        norms=parts.norms,
+        head_norms=parts.head_norms,
+        norm_heads=heads.norm_heads,
+        statics=(),
+        turn=Turn(arrange(positions[0]), arrange(positions[1]), heads.rotation.layout),
+        head_dim=heads.head_dim,
+        attend=attend,
+        activation=glu.activation,
+        packed=glu.layout if glu.up is None else None,
+        scale=plan.scale,
+        parallel=plan.parallel,
+        keep=keep,
+        offload=offload,
+    )
+    return h, spec, projections, parameters  # type: ignore[return-value]
+
+
+def _anything_trained(h: torch.Tensor, projections: list[Any], norms: list[torch.Tensor]) -> bool:
+    return (
+        h.requires_grad
+        or any(a.A.requires_grad or a.B.requires_grad for p in projections for a in p.adapters)
+        or any(p.requires_grad for p in norms)
+        or any(isinstance(p.weight, torch.Tensor) and p.weight.requires_grad for p in projections)
+    )
+
+
+def _attend(
+    attention: Any, plan: DecoderPlan, heads: AttentionPlan, call: dict[str, Any]
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Attention as the layer's own forward would call it; None where the node cannot."""
+    function = attention_function(attention)
+    if function is None:
+        return None
+    routed = {name: call[source] for name, source in plan.routes if source in call}
+    mask = routed.pop(_MASK, None)
+    passed = {n: v for n, v in routed.items() if n not in (_POSITIONS, _CACHE)} if heads.forwards_keywords else {}
+    if plan.passes and heads.forwards_keywords:
+        passed |= {name: value for name, value in call.items() if name not in plan.names}
+    keywords = {**heads.keywords(attention), **passed}
+    # Its randomness could not be repeated, and gradients of tensors among the keywords would be lost.
+    if keywords.get("dropout") or any(isinstance(v, torch.Tensor) and v.requires_grad for v in keywords.values()):
+        return None
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return function(attention, q, k, v, mask, **keywords)[0]
+
+    return attend
+
+
+def _planner(layer: Any) -> Any:
+    """The activation plan that runs the layer, or None."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return None
+    owner = getattr(layer._gradient_checkpointing_func, "__self__", None)
+    return owner if hasattr(owner, "keep") else None
+
+
+def _keep(layer: Any, h: torch.Tensor) -> tuple[Keep | None, Any]:
+    """What to keep of the layer; None where another library's checkpointing function asks to run the layer itself."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return Keep.ALL, None
+    planner = _planner(layer)
+    return (None, None) if planner is None else planner.keep(layer, h)
+
+
+# ---------------------------------------------------------------- costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What keeping a layer at one level takes.
+
+    Attributes:
+        bytes: Held between forward and backward.
+        seconds: Of computing again, as an estimate by which levels are compared.
+    """
+
+    bytes: int
+    seconds: float
+
+
+# Rates by which recomputation is estimated; only their ratios matter. Products and attention as measured on an H100.
+_PRODUCT_RATE = 750e12
+_ATTENTION_RATE = 500e12
+# A copy to the host and back runs beside the arithmetic and is felt little.
+_HOST_RATE = 100e9
+_STATISTIC_BYTES = 4
+
+
+def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Keep, Cost] | None:
+    """What each level of a layer holds and takes to compute again.
+
+    Args:
+        layer: A decoder layer.
+        tokens: Tokens of a forward (batch x sequence).
+        length: Sequence length.
+
+    Returns:
+        The costs, or None for a layer that does not run as one node.
+    """
+    swap = swap_of(layer)
+    parts = _parts(layer) if swap is not None and isinstance(swap.plan, DecoderPlan) else None
+    if parts is None:
+        return None
+    widths = [(linear.in_features, linear.out_features) for linear in parts.linears]
+    (hidden, q_width), (_, kv_width) = widths[:2]
+    inner = sum(out for _, out in widths[4:-1])
+    element = next((p.element_size() for n in parts.norms if n is not None for p in n.parameters()), 2)
+    heads = q_width // plan_of(parts.attention).head_dim
+    _, after, _, after_mlp = parts.norms
+    unnormed = q_width + kv_width if parts.head_norms is not None else 0
+
+    holds = {Keep.HOST: 0, Keep.INPUT: hidden * element}
+    holds[Keep.ATTENTION] = holds[Keep.INPUT] + q_width * element + heads * _STATISTIC_BYTES
+    middle = q_width + 2 * kv_width + hidden + unnormed + (hidden if after is not None else 0)
+    holds[Keep.RESIDUAL] = holds[Keep.ATTENTION] + middle * element
+    holds[Keep.ALL] = holds[Keep.RESIDUAL] + (inner + (hidden if after_mlp is not None else 0)) * element
+
+    products = [2.0 * tokens * a * b / _PRODUCT_RATE for a, b in widths]
+    attention = 2.0 * tokens * length * q_width / _ATTENTION_RATE
+    takes = {Keep.ALL: 0.0}
+    takes[Keep.RESIDUAL] = sum(products[4:-1]) + (products[-1] if after_mlp is not None else 0.0)
+    takes[Keep.ATTENTION] = takes[Keep.RESIDUAL] + sum(products[:4])
+    takes[Keep.INPUT] = takes[Keep.ATTENTION] + attention
+    takes[Keep.HOST] = takes[Keep.INPUT] + 2.0 * tokens * hidden * element / _HOST_RATE
+    return {level: Cost(tokens * holds[level], takes[level]) for level in Keep}

@@ -1,0 +1,254 @@
+"""A decoder layer as one node: losses and gradients at every level of what is kept, and when the layer runs itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make_tiny
+from peft import LoraConfig, get_peft_model
+from test_fused_layers import FAMILIES, IDS, TARGETS, assert_near_truth, step
+
+from pantheraml.models.activations import set_activation_plan
+from pantheraml.models.adapt import adapt
+from pantheraml.models.layers import block, decoder, pieces
+from pantheraml.models.layers.block import Keep
+from pantheraml.models.layers.decoder import DecoderPlan, costs_of
+from pantheraml.models.layers.slots import plan_of, swap_of
+
+# Llama; sandwich norms, windows and soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias.
+WHOLE = {
+    "llama": {},
+    "gemma2": FAMILIES["gemma2"],
+    "qwen3": FAMILIES["qwen3"],
+    "olmo2": {},
+    "cohere": {},
+    "granite": {"residual_multiplier": 0.6},
+    "phi3": {},
+    "qwen2": {},
+}
+LEVELS = [None, Keep.RESIDUAL, Keep.ATTENTION, Keep.INPUT]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the layers that ran as one node."""
+    seen = []
+    original = decoder.decoder_layer
+    monkeypatch.setattr(decoder, "decoder_layer", lambda *args: seen.append(args) or original(*args))
+    return seen
+
+
+def with_lora(model, **config):
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    return get_peft_model(model, LoraConfig(target_modules=options.pop("target_modules", "all-linear"), **options))
+
+
+def adapted(model, level=None):
+    model = copy.deepcopy(model)
+    report = adapt(model)
+    if level is not None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plan = set_activation_plan(inner, True)
+        plan.levels = [level] * len(plan.levels)
+    return model.train(), report
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("family", WHOLE)
+def test_every_level_has_the_gradients_of_stock(family, trained, calls, monkeypatch):
+    model = make_tiny(family, **WHOLE[family])
+    model = (with_lora(model) if trained == "lora" else model).train()
+    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    # Smaller than the 40 rows of the batch, so that the MLP runs in pieces where its inner part is not kept.
+    monkeypatch.setattr(block, "MLP_ROWS", 16)
+    for level in LEVELS:
+        ours, report = adapted(model, level)
+        layers = model.config.num_hidden_layers
+        assert sum(entry.role == "layer" for entry in report.swapped) == layers
+        calls.clear()
+        assert_near_truth(step(ours), stock, truth)
+        assert len(calls) == layers, level
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3"])
+def test_the_kernels_launchers_are_called_rightly(family, monkeypatch):
+    from pantheraml.kernels import _triton
+
+    if not _triton.interpreted():
+        pytest.skip("runs in Triton's interpreter, see tests/ops")
+    monkeypatch.setattr(pieces, "resolve", lambda *args: "triton")
+    model = with_lora(make_tiny(family, **WHOLE[family])).train()
+    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    for level in (None, Keep.INPUT):
+        assert_near_truth(step(adapted(model, level)[0]), stock, truth)
+
+
+def test_the_plan_says_what_the_layer_does():
+    expected = {
+        "llama": (("input_layernorm", None, "post_attention_layernorm", None), 1.0, False),
+        "olmo2": ((None, "post_attention_layernorm", None, "post_feedforward_layernorm"), 1.0, False),
+        "cohere": (("input_layernorm", None, "input_layernorm", None), 1.0, True),
+        "granite": (("input_layernorm", None, "post_attention_layernorm", None), 0.6, False),
+    }
+    for family, (norms, scale, parallel) in expected.items():
+        model = make_tiny(family, **WHOLE[family])
+        adapt(model)
+        plan: DecoderPlan = plan_of(model.model.layers[0])
+        assert (plan.norms, plan.scale, plan.parallel) == (norms, scale, parallel), family
+
+
+def test_half_trained_layers(calls):
+    """Adapters on some projections, a trained norm, a bias, and a first layer whose input needs no gradient."""
+    model = with_lora(make_tiny("qwen2"), target_modules=["q_proj", "down_proj"], bias="all").train()
+    model.base_model.model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    assert_near_truth(step(adapted(model)[0]), stock, truth)
+    assert len(calls) == 2
+
+
+def test_adapters_keep_their_meaning(calls):
+    model = with_lora(make_tiny("llama"), target_modules=TARGETS).train()
+    torch.manual_seed(1)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"))
+    ours, _ = adapted(model)
+    for change in (
+        lambda m: m.set_adapter("other"),
+        lambda m: m.base_model.set_adapter(["default", "other"]),
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(),
+    ):
+        change(model)
+        change(ours)
+        truth = step(copy.deepcopy(model).double()) if any(p.requires_grad for p in model.parameters()) else None
+        if truth is not None:
+            assert_near_truth(step(ours), step(model), truth)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["a hook", "a cache", "dropout in attention", "dropout in an adapter", "another dtype", "a replaced module"],
+)
+def test_calls_that_the_node_does_not_cover_run_the_layer_itself(reason, calls):
+    model = make_tiny("llama", **({"attention_dropout": 0.3} if reason == "dropout in attention" else {}))
+    if reason == "dropout in an adapter":
+        model = with_lora(model, target_modules=TARGETS, lora_dropout=0.2)
+    ours, _ = adapted(model)
+    layer = (ours.get_base_model() if hasattr(ours, "get_base_model") else ours).model.layers[0]
+    seen = []
+    if reason == "a hook":
+        layer.self_attn.register_forward_hook(lambda *args: seen.append(args))
+    if reason == "a replaced module":
+        layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
+    if reason == "another dtype":
+        layer.input_layernorm.to(torch.float64)
+    loss = ours(input_ids=IDS, labels=IDS, use_cache=reason == "a cache").loss
+    assert torch.isfinite(loss)
+    covered = {"a cache": 0, "dropout in attention": 0, "dropout in an adapter": 0}
+    assert len(calls) == covered.get(reason, model.config.num_hidden_layers - 1)
+    assert (reason == "a hook") == bool(seen)
+
+
+def test_a_graph_can_be_gone_through_twice_when_asked():
+    model, _ = adapted(with_lora(make_tiny("llama")))
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss.backward()
+    for name, grad in first.items():
+        # The first pass computes again what the second finds kept.
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_parameter_written_to_before_the_backward_is_noticed():
+    model, _ = adapted(with_lora(make_tiny("llama")))
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "layers.0.mlp.down_proj.lora_A" in n).mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+def test_what_is_kept_costs_what_the_table_says():
+    """Bytes that each level holds, counted by the storages that the node's context reaches."""
+    model, _ = adapted(with_lora(make_tiny("qwen3", **WHOLE["qwen3"])))
+    layer = model.get_base_model().model.layers[0]
+    tokens, width = 64, model.config.hidden_size
+    costs = costs_of(layer, tokens, tokens)
+    assert list(costs) == list(Keep)
+    assert [c.bytes for c in costs.values()] == sorted(c.bytes for c in costs.values())
+    assert [c.seconds for c in costs.values()] == sorted((c.seconds for c in costs.values()), reverse=True)
+    assert costs[Keep.HOST].bytes == 0
+    assert costs[Keep.INPUT].bytes == tokens * width * 4
+    inner = model.config.intermediate_size
+    assert costs[Keep.ALL].bytes - costs[Keep.RESIDUAL].bytes == tokens * 2 * inner * 4
+    hidden = torch.randn(1, tokens, width, requires_grad=True)
+    positions = model.get_base_model().model.rotary_emb(hidden, torch.arange(tokens)[None])
+    for level in (Keep.RESIDUAL, Keep.ALL):
+        plan = set_activation_plan(model.get_base_model(), True)
+        plan.levels = [level] * len(plan.levels)
+        out = layer(hidden, position_embeddings=positions, attention_mask=None)
+        held = _held(out.grad_fn) + hidden.numel() * 4
+        assert abs(held - costs[level].bytes) < 0.1 * costs[level].bytes + 2 * tokens * 16 * 4, level
+
+
+def _held(node):
+    """Bytes of distinct storages in a node's state, the graph of attention included."""
+    storages = {}
+    state = node.state
+    found = [*state.unnormed, state.middle, state.branch, state.skinny, state.attended.result]
+    found += [getattr(state.mlp, name) for name in ("gate", "up", "branch")] if state.mlp is not None else []
+    inner = state.attended.result.grad_fn
+    while inner is not None and not any(name.startswith("_saved_query") for name in dir(inner)):
+        inner = inner.next_functions[0][0] if inner.next_functions else None
+    if inner is not None:
+        found += [inner._saved_query, inner._saved_key, inner._saved_value]
+    for tensor in found:
+        if tensor is not None:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "olmo2", "cohere", "granite", "phi3", "qwen2", "mistral"])
+def test_half_precision_on_a_gpu(family, calls):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = make_tiny(family, **{**WHOLE.get(family, {}), **sizes, "head_dim": 64})
+    model = with_lora(model).train().cuda()
+    ids = torch.randint(3, 300, (2, 160), device="cuda")
+
+    def run(m):
+        m.zero_grad()
+        loss = m(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach().double(), {n: p.grad.double() for n, p in m.named_parameters() if p.grad is not None}
+
+    truth = run(copy.deepcopy(model).double())
+    half = copy.deepcopy(model)
+    for name, p in half.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.bfloat16()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        stock = run(copy.deepcopy(half))
+        for level in (*LEVELS, Keep.HOST):
+            ours, _ = adapted(half, level)
+            calls.clear()
+            result = run(ours)
+            assert len(calls) == model.config.num_hidden_layers
+            assert abs(result[0] - truth[0]) <= 2 * abs(stock[0] - truth[0]) + 2e-3 * truth[0]
+            for name, grad in truth[1].items():
+                error, allowed = ((g[1][name] - grad).norm() / grad.norm() for g in (result, stock))
+                # Rounding in another order may cost half of what it costs stock, once more.
+                assert error <= 1.5 * allowed + 4e-3, (name, level)
+
+
+def test_reports_name_what_is_left():
+    model = make_tiny("qwen3_moe", **FAMILIES["qwen3_moe"])
+    report = adapt(model)
+    assert not [entry for entry in report.swapped if entry.role == "layer"]
+    assert swap_of(model.model.layers[0]) is None
