@@ -7,33 +7,42 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
+SEED = 3407
 # Steps at the start that are not counted: compilation, optimizer state, the activation plan's measurement.
 WARM_UP = 3
+# Token ids are drawn from [10, MAX_TOKEN).
+MAX_TOKEN = 100_000
+GIB = 2**30
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contender", required=True, choices=("transformers", "liger", "unsloth", "pantheraml"))
+    parser.add_argument("--contender", required=True, choices=("hf", "liger", "unsloth", "pantheraml"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", default="lora", choices=("lora", "qlora", "full"))
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--checkpointing", default="default", choices=("default", "all", "none"))
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument("--checkpointing", type=json.loads, default="unsloth", help="JSON: true, false or a mode")
+    parser.add_argument("--load", type=json.loads, default={}, help="JSON: further keywords of from_pretrained")
+    parser.add_argument("--adapt", type=json.loads, default={}, help="JSON: further keywords of get_peft_model")
     return parser.parse_args()
 
 
-def load_fast(options: argparse.Namespace):
+def load_fast(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Unsloth and PantheraML through the same calls."""
     import torch
 
@@ -42,29 +51,29 @@ def load_fast(options: argparse.Namespace):
     else:
         from pantheraml import FastLanguageModel
 
-    checkpointing = {"default": "unsloth", "all": True, "none": False}[options.checkpointing]
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model,
-        max_seq_length=options.length,
-        dtype=torch.bfloat16 if torch.cuda.is_available() else None,
-        load_in_4bit=options.mode == "qlora",
-        full_finetuning=options.mode == "full",
-    )
+    keywords = {
+        "max_seq_length": options.length,
+        "dtype": torch.bfloat16 if torch.cuda.is_available() else None,
+        "load_in_4bit": options.mode == "qlora",
+        "full_finetuning": options.mode == "full",
+    } | options.load
+    model, tokenizer = FastLanguageModel.from_pretrained(options.model, **keywords)
     if options.mode != "full":
         model = FastLanguageModel.get_peft_model(
             model,
-            r=RANK,
-            lora_alpha=RANK,
+            r=options.rank,
+            lora_alpha=options.rank,
             lora_dropout=0,
             bias="none",
             target_modules=TARGETS,
-            use_gradient_checkpointing=checkpointing,
-            random_state=3407,
+            use_gradient_checkpointing=options.checkpointing,
+            random_state=SEED,
+            **options.adapt,
         )
     return model, tokenizer, {}
 
 
-def load_plain(options: argparse.Namespace):
+def load_plain(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Transformers and PEFT as they are, with Liger's kernels or without."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -87,32 +96,56 @@ def load_plain(options: argparse.Namespace):
         attn_implementation="sdpa",
     )
     if options.mode != "full":
-        model = get_peft_model(
-            model,
-            LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        config = LoraConfig(
+            r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
         )
+        model = get_peft_model(model, config)
     arguments = {
-        "gradient_checkpointing": options.checkpointing != "none",
+        "gradient_checkpointing": bool(options.checkpointing),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "use_liger_kernel": options.contender == "liger",
     }
     return model, AutoTokenizer.from_pretrained(options.model), arguments
 
 
+def same_start(model: Any) -> None:
+    """Give the LoRA weights of every contender the same values: PEFT's distribution, drawn in the order of names."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if ".lora_A." in name:
+                bound = 1 / math.sqrt(weight.shape[1])
+                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+            elif ".lora_B." in name:
+                weight.zero_()
+
+
+def dataset(options: argparse.Namespace, vocabulary: int) -> Any:
+    """Random tokens without padding, the same for every contender."""
+    import torch
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(1)
+    rows = options.batch * (options.steps + 1)
+    size = (rows, options.length)
+    ids = torch.randint(10, min(vocabulary, MAX_TOKEN), size, generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * options.length] * rows})
+
+
 def main() -> int:
     options = parse()
     started = time.perf_counter()
-    if options.contender in ("unsloth", "pantheraml"):
-        __import__(options.contender)
+    fast = options.contender in ("unsloth", "pantheraml")
+    if fast:
+        __import__(options.contender).FastLanguageModel  # noqa: B018
     import torch
-    from datasets import Dataset
+    import transformers  # noqa: F401
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     imported = time.perf_counter()
-    torch.manual_seed(3407)
-    load = load_fast if options.contender in ("unsloth", "pantheraml") else load_plain
-    model, tokenizer, arguments = load(options)
     cuda = torch.cuda.is_available()
 
     def now() -> float:
@@ -120,31 +153,31 @@ def main() -> int:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    torch.manual_seed(SEED)
+    model, tokenizer, arguments = (load_fast if fast else load_plain)(options)
     loaded = now()
-    vocabulary = min(model.config.get_text_config().vocab_size, 100_000)
-    generator = torch.Generator().manual_seed(1)
-    rows = options.batch * (options.steps + 1)
-    ids = torch.randint(10, vocabulary, (rows, options.length), generator=generator).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * options.length] * rows})
+    same_start(model)
+    data = dataset(options, model.config.get_text_config().vocab_size)
 
     class Clock(TrainerCallback):
         """Wall time of every step, and what is logged."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
-            self.logged: list[dict] = []
+            self.logged: list[dict[str, float]] = []
 
-        def on_step_begin(self, *_, **__):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.begun = now()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(now() - self.begun)
 
-        def on_log(self, *_, logs=None, **__):
+        def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
                 self.logged.append({"loss": logs["loss"], "grad_norm": float(logs.get("grad_norm", 0.0))})
 
     clock = Clock()
+    prepared = now()
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -166,25 +199,27 @@ def main() -> int:
             max_length=options.length,
             packing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
-            seed=3407,
+            seed=SEED,
             **arguments,
         ),
     )
+    constructed = now()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    steady = clock.times[WARM_UP:]
-    plan = getattr(model, "activation_plan", None)
+    steady = clock.times[min(WARM_UP, len(clock.times) - 1) :]
+    plan, adapted = (getattr(model, name, None) for name in ("activation_plan", "adapt_report"))
     record = {
-        "contender": options.contender,
         "tokens_per_second": options.batch * options.length / statistics.median(steady),
-        "step_ms": statistics.median(steady) * 1e3,
-        "step_ms_range": [min(steady) * 1e3, max(steady) * 1e3],
-        "first_step_s": clock.times[0],
+        "step_ms": [f(steady) * 1e3 for f in (statistics.median, min, max)],
         "import_s": imported - started,
         "load_s": loaded - imported,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "construct_s": constructed - prepared,
+        "first_step_s": clock.times[0],
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         "plan": plan.describe() if plan is not None else None,
+        "adapted": adapted.summary() if adapted is not None else None,
         "steps": clock.logged,
     }
     print("RESULT " + json.dumps(record), flush=True)

@@ -1,163 +1,158 @@
 """Times fine-tuning steps beside the peers, each contender in a process of its own, one after another on one machine.
 
     python benchmarks/training/run.py --out benchmarks/reports
-    python benchmarks/training/run.py --out DIR --cases 8b-lora,1b-lora --contenders pantheraml,unsloth
+    python benchmarks/training/run.py --out DIR --cases 8b-lora,1b-lora --contenders pantheraml,unsloth/default,hf
+    python benchmarks/training/run.py --out DIR --dry-run
 
-Writes a markdown report and a JSON file of all figures. A contender that fails is recorded with the end of its log.
+Appends one JSON line a row to ``DIR/training_DEVICE.jsonl`` as soon as it is measured and writes the report,
+``DIR/training_DEVICE.md``, from all lines of that file, so that several calls make one report. Only rows of one call
+are compared with each other. A row that fails is recorded with the end of its log; one for which no time is left is
+not.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
+import cases
+import report
 import shapes
 import torch
 
 HERE = Path(__file__).resolve().parent
-CONTENDERS = ("transformers", "liger", "unsloth", "pantheraml")
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "unsloth", "pantheraml")
-TIMEOUT_S = 240
-# The first steps in which a contender's losses are compared with those of plain transformers.
-COMPARED_STEPS = 20
+ROOT = HERE.parents[1]
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "xformers"),
+    *("liger-kernel", "unsloth", "unsloth_zoo"),
+)
+# With less time than this no further row is begun: importing and loading alone take as long.
+LEAST_S = 45
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row group of the report."""
-
-    shape: str
-    mode: str
-    length: int = 2048
-    batch: int = 4
-    checkpointing: str = "default"
-
-    def title(self) -> str:
-        forced = {"default": "", "all": ", every layer recomputed", "none": ", nothing recomputed"}[self.checkpointing]
-        return f"{self.shape} {self.mode}, {self.length} x {self.batch}{forced}"
+def environment() -> dict[str, str]:
+    """This checkout first on the path of the contenders."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-CASES = {
-    "8b-lora": Case("llama-3.1-8b", "lora"),
-    "8b-lora-recompute": Case("llama-3.1-8b", "lora", checkpointing="all"),
-    "8b-qlora": Case("llama-3.1-8b", "qlora"),
-    "8b-qlora-32k": Case("llama-3.1-8b", "qlora", length=32768, batch=1),
-    "1b-lora": Case("llama-3.2-1b", "lora"),
-    "4b-lora": Case("qwen3-4b", "lora"),
-    "2b-lora": Case("gemma-2-2b", "lora"),
-    "1b-full": Case("llama-3.2-1b", "full"),
-    "tiny": Case("tiny", "lora", length=64, batch=2),
-}
-
-
-def measure(case: Case, contender: str, model: Path, steps: int) -> dict:
-    """Run one contender and return its record, or the end of its log under ``error``."""
-    command = [sys.executable, str(HERE / "contender.py"), "--contender", contender, "--model", str(model)]
+def command_of(case: cases.Workload, row: cases.Row, model: Path) -> list[str]:
+    """The command line of one row."""
+    command = [sys.executable, str(HERE / "contender.py"), "--contender", row.contender, "--model", str(model)]
     command += ["--mode", case.mode, "--length", str(case.length), "--batch", str(case.batch)]
-    command += ["--steps", str(steps), "--checkpointing", case.checkpointing]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"contender": contender, "error": f"took longer than {TIMEOUT_S} s"}
-    found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    if found is None:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"contender": contender, "error": " / ".join(lines[-3:])[:400]}
-    return json.loads(found.group(1))
+    command += ["--steps", str(case.steps), "--rank", str(case.rank)]
+    command += ["--checkpointing", json.dumps(row.checkpointing)]
+    for name, keywords in (("--load", row.load), ("--adapt", row.adapt)):
+        command += [name, json.dumps(dict(keywords))] if keywords else []
+    return command
 
 
-def loss_difference(record: dict, reference: dict | None) -> float | None:
-    """Largest relative difference of the first steps' losses from plain transformers."""
-    if reference is None or "steps" not in record or "steps" not in reference:
-        return None
-    pairs = list(zip(record["steps"], reference["steps"]))[:COMPARED_STEPS]
-    return max((abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs), default=None)
+def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
+    """Run one contender and return its record, or what went wrong under ``error``."""
+    with log.open("w+") as file:
+        try:
+            done = subprocess.run(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit_s,
+                check=False,
+                env=environment(),
+                cwd=ROOT,
+            )
+            ended = f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {limit_s:.0f} s"
+    text = log.read_text(errors="replace")
+    found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
+    if found is not None:
+        return json.loads(found.group(1))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "Warning" not in line]
+    return {"error": f"{ended}: " + " / ".join(lines[-4:])[-500:]}
 
 
-def table(records: list[dict]) -> str:
-    """One case as a markdown table; the factor is against the fastest peer."""
-    by_name = {record["contender"]: record for record in records}
-    reference = by_name.get("transformers")
-    peers = [r["tokens_per_second"] for n, r in by_name.items() if n != "pantheraml" and "error" not in r]
-    lines = [
-        "| contender | tokens/s | x best peer | peak GiB | step ms | first step s | import, load s | loss differs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        if "error" in record:
-            lines.append(f"| {record['contender']} | failed: {record['error'].replace('|', '/')} | | | | | | |")
-            continue
-        factor = record["tokens_per_second"] / max(peers) if peers and record["contender"] == "pantheraml" else None
-        difference = loss_difference(record, reference) if record is not reference else None
-        low, high = record["step_ms_range"]
-        cells = [
-            record["contender"],
-            f"{record['tokens_per_second']:,.0f}",
-            "" if factor is None else f"{factor:.2f}",
-            "" if record["peak_gib"] is None else f"{record['peak_gib']:.1f}",
-            f"{record['step_ms']:.1f} ({low:.1f} to {high:.1f})",
-            f"{record['first_step_s']:.1f}",
-            f"{record['import_s'] + record['load_s']:.1f}",
-            "" if difference is None else f"{difference:.1e}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    plans = [f"- {r['contender']}: {r['plan']}" for r in records if r.get("plan")]
-    return "\n".join(lines + (["", *plans] if plans else []))
-
-
-def versions() -> str:
-    """Installed versions of what matters."""
-    found = []
+def versions() -> dict[str, str]:
+    """Installed versions of what matters, and the commit that is measured."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
         try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found | ({"pantheraml": f"commit {commit}"} if commit else {})
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the lines and the report")
+    parser.add_argument("--cases", default="all", help=f"of {', '.join(cases.CASES)}; default all")
+    parser.add_argument("--contenders", default="all", help="contenders, or contender/variant; default all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that cannot end in this time")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of each case's own")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-models")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-logs")
+    parser.add_argument("--append-to", type=Path, help="lines of earlier calls, copied to --out first")
+    parser.add_argument("--dry-run", action="store_true", help="every row at a tiny size, on a CPU too")
+    options = parser.parse_args()
+    try:
+        options.selected = cases.select(options.cases, options.contenders)
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU here; --dry-run measures a tiny shape on a CPU")
+    return options
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(name for name in CASES if name != "tiny"))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--models", type=Path, default=Path("outputs/benchmark-models"))
-    parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    results: dict[str, list[dict]] = {}
-    day = datetime.date.today().isoformat()
-    sections = [
-        f"# Fine-tuning steps on {device}",
-        "",
-        f"{day}; Python {platform.python_version()}, {versions()}.",
-        f"Command: `python benchmarks/training/run.py {' '.join(sys.argv[1:])}`.",
-        "",
-        "Random weights, no padding, LoRA rank 16 on all seven projections; medians after three steps. Losses are",
-        "compared with those of plain transformers, step by step.",
-    ]
-    for name in options.cases.split(","):
-        case = CASES[name]
+    options = parse()
+    deadline = time.monotonic() + options.seconds
+    device = "no device (dry run)" if options.dry_run else torch.cuda.get_device_name()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    call = {"call": now, "device": device, "versions": versions(), "command": shlex.join(["python", *sys.argv])}
+    call["dry_run"] = options.dry_run
+    for folder in (options.out, options.logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    lines = options.out / f"training_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
+    if options.append_to is not None and not lines.exists():
+        shutil.copyfile(options.append_to, lines)
+    os.environ.setdefault("BENCHMARK_OUTPUT", str(options.logs / "output"))
+    for name, full in options.selected.items():
+        case = full.tiny() if options.dry_run else full
+        case = case if options.steps is None else dataclasses.replace(case, steps=options.steps)
         model = shapes.write(case.shape, options.models)
-        records = []
-        for contender in options.contenders.split(","):
-            records.append(measure(case, contender, model, options.steps))
-            print(name, json.dumps({k: v for k, v in records[-1].items() if k != "steps"}), flush=True)
-        results[name] = records
-        sections += ["", f"## {case.title()}", "", table(records)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"training_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{day}"
-    (options.out / f"{stem}.md").write_text("\n".join(sections) + "\n")
-    (options.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(options.out / f"{stem}.md")
+        for repeat in range(case.repeats):
+            for row in case.rows:
+                left = deadline - time.monotonic()
+                if left < LEAST_S:
+                    print(f"{name} {row.name}: no time left", flush=True)
+                    continue
+                log = options.logs / f"{name}-{row.name.replace('/', '-')}-{repeat}.log"
+                command = command_of(case, row, model)
+                record = measure(command, min(case.limit_s, left), log)
+                about = {"case": name, "row": row.name, "repeat": repeat, "contender_command": shlex.join(command[1:])}
+                with lines.open("a") as file:
+                    file.write(json.dumps(call | about | record) + "\n")
+                shown = {key: value for key, value in record.items() if key not in ("steps", "adapted")}
+                print(f"{name} {row.name}: {json.dumps(shown)}", flush=True)
+    page = lines.with_suffix(".md")
+    page.write_text(report.render(report.read([lines])))
+    print(page)
     return 0
 
 

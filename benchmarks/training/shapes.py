@@ -18,6 +18,7 @@ SHAPES: dict[str, dict] = {
         "head_dim": 128,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     },
     "llama-3.2-1b": {
@@ -31,6 +32,7 @@ SHAPES: dict[str, dict] = {
         "head_dim": 64,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
         "tie_word_embeddings": True,
     },
     "qwen3-4b": {
@@ -44,6 +46,7 @@ SHAPES: dict[str, dict] = {
         "head_dim": 128,
         "max_position_embeddings": 40960,
         "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
     },
     "gemma-2-2b": {
@@ -57,6 +60,7 @@ SHAPES: dict[str, dict] = {
         "head_dim": 256,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
     },
     "tiny": {
         "model_type": "llama",
@@ -75,13 +79,17 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write the checkpoint of a shape below ``folder`` unless it is there, and return its path."""
+    """Write the checkpoint of a shape below ``folder`` unless it is there, and return its path.
+
+    The files get their folder's name only when all are written, so that a call that was cut off leaves none half done.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     path = folder / name
-    if (path / "config.json").exists():
+    if path.exists():
         return path
+    partial = folder / f"{name}.partial"
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(
         shape.pop("model_type"), **shape, bos_token_id=1, eos_token_id=2, pad_token_id=3, dtype="bfloat16"
@@ -89,7 +97,7 @@ def write(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(path, max_shard_size="4GB")
+    model.save_pretrained(partial, max_shard_size="4GB")
     words = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     words |= {f"w{index}": len(words) + index for index in range(256)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -98,5 +106,6 @@ def write(name: str, folder: Path) -> Path:
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    fast.save_pretrained(path)
+    fast.save_pretrained(partial)
+    partial.rename(path)
     return path

@@ -1,0 +1,117 @@
+"""The report of training steps: what it compares, and which calls it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "training"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cases
+    import report
+
+    return cases, report
+
+
+def line(row: str, tokens: float, *, call: str = "first", losses=(10.0, 8.0), peak: float = 10.0, **more) -> dict:
+    return {
+        "call": call,
+        "device": "a card",
+        "dry_run": False,
+        "versions": {"torch": "2"},
+        "command": "run.py",
+        "case": "8b-lora",
+        "row": row,
+        "repeat": 0,
+        "tokens_per_second": tokens,
+        "step_ms": [100.0, 90.0, 120.0],
+        "peak_gib": peak,
+        "reserved_gib": peak,
+        "steps": [{"loss": loss, "grad_norm": 1.0} for loss in losses],
+        "import_s": 10.0,
+        "load_s": 5.0,
+        "first_step_s": 1.0,
+        "construct_s": 0.1,
+    } | more
+
+
+def row_of(page: str, name: str) -> list[str]:
+    return next([cell.strip() for cell in text.split("|")[1:-1]] for text in page.splitlines() if f"| {name} |" in text)
+
+
+def test_factor_bar_and_loss_difference(modules):
+    _, report = modules
+    page = report.render(
+        [
+            line("pantheraml/default", 1500, losses=(10.0, 8.04)),
+            line("pantheraml/recompute", 1100, peak=10.1),
+            line("unsloth/default", 1000),
+            line("hf/default", 500, losses=(10.0, 8.0)),
+        ]
+    )
+    ours = row_of(page, "pantheraml/default")
+    assert ours[2] == "1.50"
+    assert ours[3] == "1.45 met, aim 1.65 missed"
+    assert ours[6] == "5.0e-03"
+    assert ours[8] == "1 of 2"
+    assert row_of(page, "pantheraml/recompute")[3] == "1.12 missed, aim 1.2 missed; peak 1 x missed"
+
+
+def test_a_failed_peer_is_replaced_and_shown(modules):
+    _, report = modules
+    failed = {key: value for key, value in line("unsloth/default", 1).items() if key != "steps"} | {
+        "error": "no | memory"
+    }
+    page = report.render([line("pantheraml/default", 1500), failed, line("liger/default", 1000)])
+    assert "x liger/default" in page
+    assert row_of(page, "unsloth/default")[1] == "failed: no / memory"
+
+
+def test_only_rows_of_one_call_are_compared_and_a_fuller_later_call_replaces(modules):
+    _, report = modules
+    lines = [line("pantheraml/default", 1, call="a"), line("hf/default", 1, call="b")]
+    assert [c[0]["call"] for c in report.calls_of(lines, "8b-lora")] == ["a", "b"]
+    lines += [line("hf/default", 2, call="c"), line("pantheraml/default", 2, call="c")]
+    assert [c[0]["call"] for c in report.calls_of(lines, "8b-lora")] == ["c"]
+
+
+def test_start_up_counts_from_the_faster_plain_process(modules):
+    _, report = modules
+    lines = [
+        line("hf/default", 1, case="start-up", load_s=9.0),
+        line("hf/default", 1, case="start-up", load_s=5.0, repeat=1),
+        line("pantheraml/default", 1, case="start-up", load_s=9.5),
+    ]
+    page = report.render(lines)
+    assert row_of(page, "pantheraml/default")[6] == "+4.5, missed"
+
+
+def test_selection_by_contender_and_variant(modules):
+    cases, _ = modules
+    chosen = cases.select("8b-lora", "hf,pantheraml/fp8")["8b-lora"]
+    assert [row.name for row in chosen.rows] == ["hf/default", "pantheraml/fp8"]
+    with pytest.raises(ValueError, match="nothing-like-it"):
+        cases.select("nothing-like-it", "all")
+
+
+def test_lines_of_several_files_make_one_report(modules, tmp_path):
+    _, report = modules
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, row in zip(files, ("hf/default", "pantheraml/default")):
+        file.write_text(json.dumps(line(row, 1)) + "\n")
+    assert [entry["row"] for entry in report.read(files)] == ["hf/default", "pantheraml/default"]
+
+
+def test_dry_run_keeps_the_options(modules):
+    cases, _ = modules
+    tiny = cases.CASES["8b-qlora-32k"].tiny()
+    assert tiny.shape == "tiny"
+    assert tiny.rows == cases.CASES["8b-qlora-32k"].rows
+    assert dataclasses.replace(tiny, shape="llama-3.1-8b").mode == "qlora"
