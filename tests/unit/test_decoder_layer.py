@@ -215,7 +215,9 @@ def _held(node):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "olmo2", "cohere", "granite", "phi3", "qwen2", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "qwen3", "olmo2", "cohere", "granite", "phi3", "qwen2", "mistral"]
+)
 def test_half_precision_on_a_gpu(family, calls):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = make_tiny(family, **{**WHOLE.get(family, {}), **sizes, "head_dim": 64})
