@@ -1,11 +1,11 @@
 """What of each decoder layer is kept, recomputed or moved to the host between forward and backward.
 
-Keeping a layer's activations costs memory, recomputing them costs time. The automatic mode measures: the first step at a
-new size keeps the least, and its peak tells what is left of the stated share of the free memory. From the next step on
-that is spent where a byte saves the most time, the last layers first, because backward frees them first. Layers that run
-as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or recomputed
-as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU), everything is
-kept.
+Keeping a layer's activations costs memory, recomputing them costs time. The automatic mode measures: the first step at
+a new size keeps the least, and its peak tells what is left of the stated share of the free memory. From the next step
+on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Layers that
+run as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or
+recomputed as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU),
+everything is kept.
 
 Works through the seam that transformers gives every ``GradientCheckpointingLayer``: the function that runs a layer
 under checkpointing is ours, per instance. Recomputation is the non-reentrant kind throughout, which DDP needs.
@@ -27,7 +27,7 @@ from .. import log
 from ..errors import ConfigError, UnsupportedError
 from .host_memory import HostStash, OffloadSaved
 from .layers.block import Keep
-from .layers.decoder import Cost, costs_of
+from .layers.decoder import Cost, costs_of, is_node
 
 Mode = Literal["auto", "recompute", "offload", "keep"]
 
@@ -43,6 +43,8 @@ MODES: dict[bool | str | None, Mode] = {
 }
 # The level of every layer in the modes that do not plan.
 _FIXED = {"recompute": Keep.INPUT, "offload": Keep.HOST, "keep": Keep.ALL}
+# Share of what is kept that the allocator loses between blocks, and that parts of a step hold for a moment.
+_SLACK = 0.06
 # While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
 _WORKING_LAYERS = 2.5
 _DESCRIPTIONS = {
@@ -221,6 +223,9 @@ class ActivationPlan:
         hidden = args[0] if args else function.keywords.get("hidden_states")
         if not isinstance(hidden, torch.Tensor) or id(owner) not in self._index:
             return self._recompute(Keep.INPUT, function, *args)
+        if not function.args and is_node(owner):
+            # A call of the whole layer: its forward asks for the level itself.
+            return function(*args)
         level = self._level(owner, hidden)
         if self._measuring == self._index[id(owner)]:
             return self._measure(function, hidden, *args)
@@ -299,7 +304,7 @@ class ActivationPlan:
         size = tokens, length
         if size not in group.allotted:
             costs = [self._offered(index, group, tokens, length) for index in group.indices]
-            group.allotted[size] = allot(costs, measured.limit - measured.peak)
+            group.allotted[size] = allot(costs, int((1 - _SLACK) * (measured.limit - measured.peak)))
         for index, level in zip(group.indices, group.allotted[size]):
             self.levels[index] = level
 

@@ -1,7 +1,7 @@
 """Tensors of the forward that wait in host memory for the backward.
 
-Copies run on a side stream, to pinned memory, beside the arithmetic. The backward asks for them last in, first out; what
-it asks for next is on its way while it works on the last.
+Copies run on a side stream, to pinned memory, beside the arithmetic. The backward asks for them last in, first out;
+what it asks for next is on its way while it works on the last.
 """
 
 from __future__ import annotations

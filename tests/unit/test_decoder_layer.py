@@ -17,7 +17,7 @@ from pantheraml.models.layers.block import Keep
 from pantheraml.models.layers.decoder import DecoderPlan, costs_of
 from pantheraml.models.layers.slots import plan_of, swap_of
 
-# Llama; sandwich norms, windows and soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias.
+# Llama; sandwich norms, windows, soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias.
 WHOLE = {
     "llama": {},
     "gemma2": FAMILIES["gemma2"],
@@ -128,8 +128,7 @@ def test_adapters_keep_their_meaning(calls):
 
 
 @pytest.mark.parametrize(
-    "reason",
-    ["a hook", "a cache", "dropout in attention", "dropout in an adapter", "another dtype", "a replaced module"],
+    "reason", ["a hook", "a cache", "dropout in attention", "dropout in an adapter", "a replaced module"]
 )
 def test_calls_that_the_node_does_not_cover_run_the_layer_itself(reason, calls):
     model = make_tiny("llama", **({"attention_dropout": 0.3} if reason == "dropout in attention" else {}))
@@ -142,8 +141,6 @@ def test_calls_that_the_node_does_not_cover_run_the_layer_itself(reason, calls):
         layer.self_attn.register_forward_hook(lambda *args: seen.append(args))
     if reason == "a replaced module":
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)
-    if reason == "another dtype":
-        layer.input_layernorm.to(torch.float64)
     loss = ours(input_ids=IDS, labels=IDS, use_cache=reason == "a cache").loss
     assert torch.isfinite(loss)
     covered = {"a cache": 0, "dropout in attention": 0, "dropout in an adapter": 0}
@@ -202,7 +199,7 @@ def _held(node):
     storages = {}
     state = node.state
     found = [*state.unnormed, state.middle, state.branch, state.skinny, state.attended.result]
-    found += [getattr(state.mlp, name) for name in ("gate", "up", "branch")] if state.mlp is not None else []
+    found += [getattr(piece, name) for piece in state.mlp or () for name in ("gate", "up", "branch")]
     inner = state.attended.result.grad_fn
     while inner is not None and not any(name.startswith("_saved_query") for name in dir(inner)):
         inner = inner.next_functions[0][0] if inner.next_functions else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tiny
 from peft import LoraConfig, get_peft_model
 
 from pantheraml.models.adapt import adapt, restore
-from pantheraml.models.layers import attention, lora
+from pantheraml.models.layers import attention, decoder, lora
 from pantheraml.models.roles import looks_like_attention
 
 IDS = torch.arange(3, 43).view(4, 10)
@@ -43,7 +45,7 @@ def step(model):
 
 
 def assert_near_truth(got, stock, truth):
-    """The error against float64 is at most three times stock's, and a few roundings where stock happens to have none."""
+    """The error against float64 is at most three times stock's, or a few roundings where stock has none."""
     assert abs(got[0] - truth[0]) <= 3 * abs(stock[0] - truth[0]) + 4 * 2.0**-23 * truth[0]
     assert got[1].keys() == truth[1].keys()
     for name, exact in truth[1].items():
@@ -52,22 +54,22 @@ def assert_near_truth(got, stock, truth):
         assert error <= 3 * allowed + 4e-6, (name, error, allowed)
 
 
-def assert_same(got, expected):
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
-    assert got[1].keys() == expected[1].keys()
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(got[1][name], grad, rtol=1e-4, atol=2e-6 * grad.abs().max().item() + 1e-9, msg=name)
+@pytest.fixture
+def part_by_part(monkeypatch):
+    """Layers run their own forward, whose parts are fused each for itself."""
+    monkeypatch.setattr(decoder, "_prepare", lambda *args: None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_equals_stock(family):
+def test_attention_equals_stock(family, part_by_part):
     model = make_tiny(family, **FAMILIES[family])
-    expected = step(model)
+    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
     report = adapt(model)
     assert sum(entry.role == "attention" for entry in report.swapped) == model.config.num_hidden_layers
-    assert_same(step(model), expected)
+    assert_near_truth(step(model), stock, truth)
     restore(model)
-    assert_same(step(model), expected)
+    again = step(model)
+    assert all(torch.equal(grad, stock[1][name]) for name, grad in again[1].items())
 
 
 def test_generation_with_a_cache_equals_stock():
@@ -112,15 +114,15 @@ def peft_model(family="llama", **config):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
-def test_lora_equals_peft(family):
+def test_lora_equals_peft(family, part_by_part):
     model = peft_model(family)
-    expected = step(model)
+    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
     report = adapt(model)
     assert sum(entry.role == "lora" for entry in report.swapped) == 7 * model.config.num_hidden_layers
-    assert_same(step(model), expected)
+    assert_near_truth(step(model), stock, truth)
 
 
-def test_fused_projections_are_really_used(monkeypatch):
+def test_fused_projections_are_really_used(monkeypatch, part_by_part):
     model = peft_model()
     adapt(model)
     calls = []
@@ -155,7 +157,11 @@ def test_variants_keep_their_meaning(config):
 
     expected = seeded()
     adapt(model)
-    assert_same(seeded(), expected)
+    got = seeded()
+    assert abs(got[0] - expected[0]) <= 4 * 2.0**-23 * expected[0]
+    for name, grad in expected[1].items():
+        # Either may be off by 1e-5 of the largest element, which is stock's own error against float64 here.
+        assert (got[1][name] - grad).abs().max() <= 2e-5 * grad.abs().max(), name
 
 
 def test_adapters_can_be_disabled_switched_combined_and_merged():

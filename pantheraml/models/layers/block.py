@@ -5,10 +5,11 @@ For each layer, with ``n`` its norms (any of which may be missing) and ``s`` its
     h1  = h + s * n(attention(n(h)))
     out = h1 + s * n(mlp(n(h1)))                        or, in parallel, h + s * (n(attention(n(h))) + n(mlp(n(h))))
 
-What the backward needs of the outputs of norms and activations is computed again, which costs a pass over memory; of the
-rest, ``Keep`` says what is kept and what is multiplied out again. Attention runs under autograd, in a small graph of its
-own between queries, keys, values and its result, so that every attention function works here as it is; where queries,
-keys and values are not kept, that graph holds places for them, filled again before its backward.
+What the backward needs of the outputs of norms and activations is computed again, which costs a pass over memory; of
+the rest, ``Keep`` says what is kept and what is multiplied out again. Attention runs under autograd, in a small graph
+of its own between queries, keys, values and its result, so that every attention function works here as it is; where
+queries, keys and values are not kept, that graph holds places for them, filled again before its backward. Long batches
+go through the MLP in pieces.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ...kernels.lora_linear import (
 )
 from .pieces import Norm, Turn, activate, activate_backward
 
-# Rows of one pass through an MLP whose gate and up are not kept: 2 x 14,336 columns of them are 0.9 GB in bfloat16.
+# Rows of one pass through an MLP: 2 x 14,336 columns of gate and up are 0.9 GB of them in bfloat16.
 MLP_ROWS = 16384
 
 
@@ -155,7 +156,7 @@ class _State:
     skinny_o: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     middle: torch.Tensor | None = None
-    mlp: _MLPState | None = None
+    mlp: list[_MLPState] | None = None
 
 
 @dataclass(slots=True)
@@ -272,7 +273,7 @@ class _Layer:
         A: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Add a branch's projection to the residual; also its thin product and, before a norm, the projection itself."""
+        """The residual plus a branch, the thin product and, where a norm follows, the bare projection."""
         if self.spec.norms[which] is None and self.spec.scale == 1.0:
             (y,), skinny = project(x, x, terms, A=A, residual=h, out=out)
             return y, skinny, None
@@ -315,14 +316,15 @@ class _Layer:
         added = self.add_attention(state, h, state.attended.result)
         # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
         state.middle = h if self.spec.parallel else added
-        if keep == Keep.ALL:
-            state.mlp = _MLPState()
-            out = self.mlp(state.middle, added, state.mlp, None)
-            state.mlp.x = state.mlp.rstd = None
-        else:
-            out = torch.empty_like(added)
-            for rows in self._chunks(h.shape[0]):
-                self.mlp(state.middle[rows], added[rows], _MLPState(), out[rows])
+        out = torch.empty_like(added)
+        pieces = []
+        for rows in self._chunks(h.shape[0]):
+            piece = _MLPState()
+            self.mlp(state.middle[rows], added[rows], piece, out[rows])
+            if keep == Keep.ALL:
+                piece.x = piece.rstd = None
+                pieces.append(piece)
+        state.mlp = pieces or None
         if keep < Keep.RESIDUAL:
             return out, _State(attended=state.attended if keep == Keep.ATTENTION else None)
         # One pass over the residual makes it again.
@@ -411,15 +413,15 @@ class _Layer:
     ) -> tuple[torch.Tensor, list[TermGradients]]:
         """Gradient of the residual before the MLP (through it too, in a sequential layer), and of its parameters."""
         assert state.middle is not None
-        if state.mlp is not None or any(need.weight for need in needs) or grad.shape[0] <= MLP_ROWS:
-            mlp = state.mlp or _MLPState()
-            state.mlp = None
-            return self._mlp_rows_backward(state.middle, mlp, grad, needs)
+        pieces, state.mlp = state.mlp, None
+        chunks = list(self._chunks(grad.shape[0]))
+        if len(chunks) == 1:
+            return self._mlp_rows_backward(state.middle, pieces[0] if pieces else _MLPState(), grad, needs)
         d_middle = torch.empty_like(grad)
         total: list[TermGradients] | None = None
-        for rows in self._chunks(grad.shape[0]):
-            part, grads = self._mlp_rows_backward(state.middle[rows], _MLPState(), grad[rows], needs)
-            d_middle[rows] = part
+        for i, rows in enumerate(chunks):
+            piece = pieces[i] if pieces else _MLPState()
+            d_middle[rows], grads = self._mlp_rows_backward(state.middle[rows], piece, grad[rows], needs)
             total = grads if total is None else [TermGradients(*map(_sum, a, b)) for a, b in zip(total, grads)]
         assert total is not None
         return d_middle, total
@@ -450,7 +452,7 @@ class _Layer:
         trained = needs[-1].A or needs[-1].weight
 
         def through(d_product: torch.Tensor | None) -> torch.Tensor:
-            """Gate and up become their gradients, and the product's gradient the product, which A or W is trained on."""
+            """Gate and up become their gradients, and the product's gradient the product, which A or W learns from."""
             assert d_product is not None
             activate_backward(d_product, gate, up, spec.activation, again=trained)
             return d_product

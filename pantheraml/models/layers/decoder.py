@@ -7,6 +7,7 @@ time, and a call that the node does not cover runs the layer's own forward, with
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ class _Stub(nn.Module):
 
 
 def _arrangements(norms: list[str]) -> Iterator[tuple[tuple[str | None, ...], bool]]:
-    """Places of the norms, every norm somewhere; then the same with one norm before both branches of a parallel layer."""
+    """Places of the norms, every norm somewhere; at last one norm before both branches of a parallel layer."""
     for places in itertools.permutations((*norms, *(None,) * (4 - len(norms)))):
         yield places, False
         yield places, True
@@ -257,7 +258,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = {**dict(zip(plan.names, args)), **kwargs}
     prepared = _prepare(self, plan, call) if torch.is_grad_enabled() and len(args) <= len(plan.names) else None
     if prepared is None:
-        return stock_forward(self, *args, **kwargs)
+        return _itself(self, args, kwargs)
     h, spec, projections, norms = prepared
     try:
         return decoder_layer(h, spec, projections, norms)
@@ -268,6 +269,17 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         planner.shrink()
         keep, offload = planner.keep(self, h)
         return decoder_layer(h, replace(spec, keep=keep, offload=offload), projections, norms)
+
+
+def _itself(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layer's own forward, under the activation plan that it would have without the node."""
+    planner = _planner(layer) if torch.is_grad_enabled() else None
+    if planner is None or checkpoints_itself(type(layer)):
+        return stock_forward(layer, *args, **kwargs)
+    call = {**dict(zip(plan_of(layer).names, args)), **kwargs}
+    return planner.run(
+        functools.partial(stock_forward, layer, **{n: v for n, v in call.items() if n != _HIDDEN}), call[_HIDDEN]
+    )
 
 
 def _prepare(
@@ -359,6 +371,17 @@ def _attend(
         return function(attention, q, k, v, mask, **keywords)[0]
 
     return attend
+
+
+def checkpoints_itself(cls: type) -> bool:
+    """Whether the class's forward calls the checkpointing function; before transformers 5.20 its ``__call__`` does."""
+    return hasattr(cls.forward, "__wrapped__")
+
+
+def is_node(layer: nn.Module) -> bool:
+    """Whether ``adapt`` put the forward of this file into a layer."""
+    swap = swap_of(layer)
+    return swap is not None and isinstance(swap.plan, DecoderPlan) and is_installed(layer)
 
 
 def _planner(layer: Any) -> Any:

@@ -1,7 +1,7 @@
 """The parts of a decoder layer that are no matrix products, each as a forward and a hand-called backward.
 
-Where Triton serves the tensors the kernels' launchers are called; elsewhere (a CPU, float64) the backward runs the eager
-form again under autograd, which is exact and slow.
+Where Triton serves the tensors the kernels' launchers are called; elsewhere (a CPU, float64) the backward runs the
+eager form again under autograd, which is exact and slow.
 """
 
 from __future__ import annotations
