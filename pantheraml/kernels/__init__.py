@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .fp8 import fp8_quantize_blocks as fp8_quantize_blocks
     from .fp8 import fp8_quantize_rows as fp8_quantize_rows
     from .fp8 import fp8_transpose as fp8_transpose
+    from .fp8_linear import Fp8Weight as Fp8Weight
+    from .fp8_linear import Nf4Fp8Weight as Nf4Fp8Weight
+    from .fp8_linear import fp8_input_gradient as fp8_input_gradient
+    from .fp8_linear import fp8_product as fp8_product
     from .glu import glu as glu
     from .glu import glu_fp8 as glu_fp8
     from .glu import packed_glu as packed_glu
@@ -78,6 +82,10 @@ _EXPORTS = {
     "fp8_transpose": "fp8",
     "fp8_dequantize": "fp8",
     "fp8_matmul": "fp8",
+    "Fp8Weight": "fp8_linear",
+    "Nf4Fp8Weight": "fp8_linear",
+    "fp8_product": "fp8_linear",
+    "fp8_input_gradient": "fp8_linear",
     "Routing": "grouped_gemm",
     "route": "grouped_gemm",
     "permute": "grouped_gemm",

@@ -22,6 +22,7 @@ MODULES = (
     "lora",
     "nf4",
     "fp8",
+    "fp8_operands",
     "grouped_gemm",
 )
 

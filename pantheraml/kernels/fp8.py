@@ -18,7 +18,7 @@ from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference import fp8 as reference
-from .utils import cdiv, fp8_dtype, launch_settings, require_floating, single_stride
+from .utils import cdiv, fp8_dtype, launch_settings, require_floating, require_shape, single_stride
 
 BLOCK = 128
 # Share of the copy bandwidth on an H100 at 8,192 x 4,096 from bf16: 16 warps 84 %, 8 warps 75 %, 4 warps 72 %.
@@ -81,13 +81,13 @@ def fp8_tiles_kernel(p_x, p_values, p_scales, rows, width, stride, LARGEST: tl.c
 
 
 @jit
-def transpose_bytes_kernel(p_x, p_out, rows, width, stride, TILE: tl.constexpr):
+def transpose_bytes_kernel(p_x, p_out, rows, width, stride, out_stride, TILE: tl.constexpr):
     """``out[j, i] = x[i, j]`` for one TILE x TILE tile of single bytes."""
     o_row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     o_column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     m_tile = (o_row < rows)[:, None] & (o_column < width)[None, :]
     b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0)
-    tl.store(p_out + o_column[:, None] * rows + o_row[None, :], tl.trans(b_x), mask=tl.trans(m_tile))
+    tl.store(p_out + o_column[:, None] * out_stride + o_row[None, :], tl.trans(b_x), mask=tl.trans(m_tile))
 
 
 def _quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,10 +136,9 @@ def _quantize_tiles(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return values, scales
 
 
-def _transpose(x: torch.Tensor) -> torch.Tensor:
+def _transpose(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
-    out = torch.empty((width, rows), dtype=x.dtype, device=x.device)
     if x.numel():
         with on_device(x):
             transpose_bytes_kernel[(cdiv(rows, TRANSPOSE_TILE), cdiv(width, TRANSPOSE_TILE))](
@@ -148,6 +147,7 @@ def _transpose(x: torch.Tensor) -> torch.Tensor:
                 rows=rows,
                 width=width,
                 stride=x.stride(0),
+                out_stride=out.stride(0),
                 TILE=TRANSPOSE_TILE,
                 num_warps=TRANSPOSE_WARPS,
             )
@@ -233,27 +233,34 @@ def fp8_quantize_blocks(
     return Fp8Matrix(values, scales, fp8_transpose(values, backend=chosen) if transposed else None)
 
 
-def fp8_transpose(x: torch.Tensor, *, backend: dispatch.Backend = "auto") -> torch.Tensor:
-    """Contiguous transpose of a matrix of a one-byte dtype.
+def fp8_transpose(
+    x: torch.Tensor, *, out: torch.Tensor | None = None, backend: dispatch.Backend = "auto"
+) -> torch.Tensor:
+    """Transpose of a matrix of a one-byte dtype, written out.
 
     Args:
         x: [M, N], any one-byte dtype.
+        out: Buffer [N, M] of the same dtype to fill; its rows may be apart. Default None: allocated, contiguous.
         backend: See ``dispatch.resolve``.
 
     Returns:
-        [N, M], contiguous.
+        [N, M]: ``out`` when given.
 
     Raises:
-        ConfigError: ``x`` is no matrix.
+        ConfigError: ``x`` is no matrix, or ``out`` does not fit.
         ArgumentError: Its elements are not single bytes.
     """
     op = "fp8_transpose"
     _require_matrix(op, x)
     if x.dtype.itemsize != 1:
         raise ArgumentError(f"{op} moves single bytes and got {x.dtype}", where=op)
-    if dispatch.resolve(op, x, backend) == "reference":
-        return x.t().contiguous()
-    return _transpose(x)
+    shape = (x.shape[1], x.shape[0])
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    require_shape(op, "out", out, shape)
+    if out.dtype != x.dtype or out.device != x.device or (out.numel() and out.stride(1) != 1):
+        raise ConfigError(f"out is {out.dtype} on {out.device} with strides {out.stride()}", where=op)
+    return out.copy_(x.t()) if dispatch.resolve(op, x, backend) == "reference" else _transpose(x, out)
 
 
 def fp8_dequantize(
@@ -373,7 +380,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(
         "fp8_transpose",
         transpose_bytes_kernel,
-        {"p_x": "*u8", "p_out": "*u8", **sizes},
+        {"p_x": "*u8", "p_out": "*u8", **sizes, "out_stride": "i64"},
         {"TILE": TRANSPOSE_TILE},
         num_warps=TRANSPOSE_WARPS,
         representative=True,

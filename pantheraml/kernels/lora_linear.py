@@ -25,11 +25,13 @@ from torch.nn import functional
 from .. import env
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
+from .fp8 import Fp8Matrix
+from .fp8_linear import Fp8Base, Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from .nf4 import nf4_dequantize
 from .reference import lora as reference
 from .reference.nf4 import Quantized4Bit
 
-Weight = torch.Tensor | Quantized4Bit | Callable[[], torch.Tensor]
+Weight = torch.Tensor | Quantized4Bit | Fp8Base | Callable[[], torch.Tensor]
 
 
 class Adapter(NamedTuple):
@@ -51,8 +53,9 @@ class Projection:
     """One linear layer: a frozen base and its adapters.
 
     Attributes:
-        weight: [out_features, in_features] dense, a ``Quantized4Bit``, or a function that returns the dense weight
-            (8-bit, fp8, gathered); it is called again in the backward. Frozen.
+        weight: [out_features, in_features] dense, a ``Quantized4Bit``, an ``Fp8Weight`` or ``Nf4Fp8Weight`` (multiplied
+            in fp8), or a function that returns the dense weight (8-bit, gathered); it is called again in the backward.
+            Frozen.
         adapters: Any number; none is a plain frozen layer.
         bias: [out_features] or None.
         magnitude: DoRA's [out_features] or None; needs exactly one adapter.
@@ -67,6 +70,8 @@ class Projection:
         """The weight in ``dtype``."""
         if isinstance(self.weight, Quantized4Bit):
             return nf4_dequantize(self.weight, dtype=dtype, backend=backend)
+        if isinstance(self.weight, Fp8Weight | Nf4Fp8Weight):
+            return self.weight.dense(dtype, backend)
         return (self.weight if isinstance(self.weight, torch.Tensor) else self.weight()).to(dtype)
 
 
@@ -89,6 +94,11 @@ class Term(NamedTuple):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The base weight in ``dtype``."""
         return self.weight.to(dtype) if self.weight is not None else self.base.dense(dtype, self.backend)
+
+    @property
+    def fp8(self) -> Fp8Base | None:
+        """The base weight when it is multiplied in fp8."""
+        return self.base.weight if isinstance(self.base.weight, Fp8Weight | Nf4Fp8Weight) else None
 
     @property
     def rank(self) -> int:
@@ -139,6 +149,7 @@ def project(
     A: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    rows: Fp8Matrix | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Outputs of all terms for ``x`` [T, I], and ``u @ A.T`` for the backward.
 
@@ -149,13 +160,23 @@ def project(
         A: What ``joined_A`` would return, for a caller that has it.
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
+        rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
     """
     dtype = x.dtype
     A = joined_A(terms, dtype) if A is None else A
     skinny = None if A is None else torch.mm(u, A.t())
     outputs = []
+    shared = Fp8Input(x, rows)
     for term, piece in zip(terms, _pieces(terms)):
         bias = None if term.bias is None else term.bias.to(dtype)
+        if term.fp8 is not None:
+            # A product of fp8 factors takes no summand but a bias, so what is added comes after.
+            y = fp8_product(shared, term.fp8, bias=bias, backend=term.backend)
+            y = y if residual is None else y.add_(residual)
+            if term.B is not None and skinny is not None:
+                y.addmm_(skinny[:, piece], term.B.to(dtype).t(), alpha=term.scaling)
+            outputs.append(y if out is None else out.copy_(y))
+            continue
         if term.B is None or skinny is None:
             if residual is None and out is None:
                 outputs.append(functional.linear(x, term.dense(dtype), bias))
@@ -237,11 +258,13 @@ def project_backward(
                 grad_B = _product(grad.t(), skinny[:, piece], term.grad_dtype or term.B.dtype, term.scaling)
         result.append(TermGradients(grad_bias, None, grad_B))
     through = None if thin is None or A is None else (thin, A)
-    grad_x = torch.mm(*through) if through is not None and need_x and not need_u else None
+    grad_x = _fp8_gradient(grads, terms) if need_x else None
+    if through is not None and need_x and not need_u:
+        grad_x = torch.mm(*through) if grad_x is None else grad_x.addmm_(*through)
     grad_u = torch.mm(*through) if through is not None and need_u else None
     if need_x:
         for grad, term in zip(grads, terms):
-            if grad is not None:
+            if grad is not None and term.fp8 is None:
                 weight = term.dense(dtype)
                 grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
     if u is not None and not isinstance(u, torch.Tensor):
@@ -257,6 +280,15 @@ def project_backward(
             if need.A and term.A is not None:
                 result[i] = result[i]._replace(A=wide[piece].to(term.grad_dtype or term.A.dtype))
     return grad_x, grad_u, result
+
+
+def _fp8_gradient(grads: Sequence[torch.Tensor | None], terms: Sequence[Term]) -> torch.Tensor | None:
+    """What the terms with fp8 weights give to the gradient of x; their products start a sum, they cannot join one."""
+    pairs = [(grad, term.fp8) for grad, term in zip(grads, terms) if grad is not None and term.fp8 is not None]
+    if not pairs:
+        return None
+    backend = next(term.backend for term in terms if term.fp8 is not None)
+    return fp8_input_gradient([grad for grad, _ in pairs], [weight for _, weight in pairs], backend=backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +375,7 @@ class _Projections(torch.autograd.Function):
 def check_projection(where: str, x: torch.Tensor, projection: Projection) -> None:
     """Raise unless the projection fits ``x`` and is one that the hand-written backward serves."""
     weight = projection.weight
-    shape = weight.shape if isinstance(weight, torch.Tensor | Quantized4Bit) else None
+    shape = weight.shape if isinstance(weight, torch.Tensor | Quantized4Bit | Fp8Weight | Nf4Fp8Weight) else None
     if isinstance(weight, torch.Tensor):
         if weight.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(
@@ -356,7 +388,7 @@ def check_projection(where: str, x: torch.Tensor, projection: Projection) -> Non
             raise UnsupportedError(
                 f"the base weight is {weight.dtype}",
                 where=where,
-                hint="pass a Quantized4Bit or a function that returns the dense weight",
+                hint="pass a Quantized4Bit, an Fp8Weight or a function that returns the dense weight",
             )
     if shape is not None and (len(shape) != 2 or shape[1] != x.shape[-1]):
         raise ConfigError(f"weight {list(shape)} does not fit x {list(x.shape)}", where=where)
@@ -391,13 +423,18 @@ def project_all(
         raise ConfigError(f"dropout must lie in [0, 1), not {dropout}", where=where)
     for projection in projections:
         check_projection(where, x, projection)
+    in_fp8 = any(isinstance(p.weight, Fp8Weight | Nf4Fp8Weight) for p in projections)
     if use_reference(where, x, backend):
-        return tuple(
-            reference.lora_linear(
-                x, p.dense(x.dtype, "reference"), p.adapters, bias=p.bias, dropout=dropout, magnitude=p.magnitude
+        if in_fp8:
+            # What the reference specifies is the product itself; autograd cannot differentiate its roundings.
+            backend = "reference"
+        else:
+            return tuple(
+                reference.lora_linear(
+                    x, p.dense(x.dtype, "reference"), p.adapters, bias=p.bias, dropout=dropout, magnitude=p.magnitude
+                )
+                for p in projections
             )
-            for p in projections
-        )
     plain = all(p.magnitude is None for p in projections)
     if plain and not dropout:
         statics, tensors = flatten(projections, backend)
@@ -461,8 +498,9 @@ def lora_linear(
 
     Args:
         x: [..., in_features].
-        weight: Frozen base [out_features, in_features]: dense, a ``Quantized4Bit``, or a function that returns the
-            dense weight and is called again in the backward.
+        weight: Frozen base [out_features, in_features]: dense, a ``Quantized4Bit``, an ``Fp8Weight`` or
+            ``Nf4Fp8Weight`` (see ``fp8_linear``), or a function that returns the dense weight and is called again in
+            the backward.
         A: [r, in_features], or None (default) without this adapter.
         B: [out_features, r], or None.
         scaling: Factor of the update. Default 1.
