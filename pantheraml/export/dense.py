@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, UnsupportedError
+from ..models.layers.fp8 import Fp8Linear
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")  # bitsandbytes' classes, told by name: the package is optional
 _METHODS = ("forward", "merge", "get_delta_weight", "_old_forward", "_hf_hook")  # put on instances by other tools
@@ -40,6 +41,8 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """Return the dense weight in the checkpoint's orientation, on the module's device."""
         weight: Any = self.module.weight
+        if isinstance(self.module, Fp8Linear):
+            return self.module.dense_weight(torch.float32)
         quant_state = getattr(weight, "quant_state", None)
         if getattr(quant_state, "packing_format_for_cpu", False):
             dense = _from_cpu_packing(weight.data, quant_state)
@@ -72,6 +75,8 @@ def _from_int8(module: Any) -> torch.Tensor:
 
 def quantized_weight(module: nn.Module, parameter: Any) -> QuantizedWeight | None:
     """Describe ``parameter`` of ``module`` when it is held quantised, else None."""
+    if isinstance(module, Fp8Linear) and parameter is module.weight and module.is_fp8:
+        return QuantizedWeight(module, tuple(parameter.shape), False)
     if type(parameter).__name__ not in QUANTIZED_PARAMETERS:
         return None
     transposed = issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)
@@ -137,8 +142,10 @@ def merged_copy(
             transposed, tensor = True, tensor.T
         parameters[key] = _fp32(tensor, device or parameter.device)
     place = device or next((p.device for p in parameters.values() if p is not None), torch.device("cpu"))
-    # A quantised Linear becomes a plain one: bitsandbytes' classes would quantise the merged weight again.
-    kind = nn.Linear if type(module).__module__.startswith("bitsandbytes") else type(module)
+    # A quantised Linear becomes a plain one: bitsandbytes' classes would quantise the merged weight again, and an fp8
+    # one would look for its scales.
+    foreign = any(kind.__module__.startswith("bitsandbytes") for kind in type(module).__mro__)
+    kind = nn.Linear if foreign or isinstance(module, Fp8Linear) else type(module)
     base = _stand_in(module, kind, parameters, {})
     for layer in reversed(layers):
         modules = {

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_io import TensorSpec
 from ..errors import CheckpointError, ConflictError, UnsupportedError
-from .dense import QUANTIZED_PARAMETERS, QuantizedWeight, merged_copy, pending, quantized_weight, signature, touches
+from ..models.layers.fp8 import Fp8Linear
+from .dense import QuantizedWeight, merged_copy, pending, quantized_weight, signature, touches
 
 DenseSource = Callable[[str, QuantizedWeight], torch.Tensor]
 
@@ -65,8 +66,12 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """Whether any weight of ``base`` is held in a bitsandbytes quantised form."""
-    return any(type(parameter).__name__ in QUANTIZED_PARAMETERS for parameter in base.parameters())
+    """Whether any weight of ``base`` is held quantised (by bitsandbytes, or in fp8)."""
+    return any(
+        parameter is not None and quantized_weight(module, parameter) is not None
+        for module in base.modules()
+        for parameter in module._parameters.values()
+    )
 
 
 def adapter_modules(base: nn.Module) -> set[str]:
@@ -153,8 +158,9 @@ class MergedParameters:
                 value = self._plain(parameter, quantized, spec)
             identity = (id(parameter), *map(signature, merging))
             yield Parameter(spec, identity, tuple(path for path, _ in layers), quantized, value)
+        scales = module.scale_name if isinstance(module, Fp8Linear) else None
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
+            if key != scales and buffer is not None and key not in module._non_persistent_buffers_set:
                 name = f"{prefix}{key}"
                 spec = TensorSpec(name, tuple(buffer.shape), self._target_dtype(name, buffer.dtype))
                 yield Parameter(spec, (id(buffer),), (), None, _cast(buffer, spec.dtype))

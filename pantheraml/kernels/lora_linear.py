@@ -160,7 +160,7 @@ def project(
         A: What ``joined_A`` would return, for a caller that has it.
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
-        rows: ``x`` quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
+        rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
     """
     dtype = x.dtype
     A = joined_A(terms, dtype) if A is None else A
@@ -170,6 +170,7 @@ def project(
     for term, piece in zip(terms, _pieces(terms)):
         bias = None if term.bias is None else term.bias.to(dtype)
         if term.fp8 is not None:
+            # A product of fp8 factors takes no summand but a bias, so what is added comes after.
             y = fp8_product(shared, term.fp8, bias=bias, backend=term.backend)
             if residual is not None or out is not None:
                 y = torch.add(y, 0 if residual is None else residual, out=out)

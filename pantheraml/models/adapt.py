@@ -154,6 +154,8 @@ def adapt(model: nn.Module) -> AdaptReport:
     decided: dict[tuple[object, ...], Swap | str] = {}
     for candidate in candidates:
         module = candidate.module
+        if candidate.role is Role.LORA:
+            lora.adopt(module)
         swap = swap_of(module)
         if swap is None or not is_installed(module):
             decision = _decide(candidate, decided)

@@ -117,6 +117,14 @@ def _check_initialisation(request: AdapterRequest, quantization: str) -> tuple[A
         )
     if init == "corda" and request.extra.get("corda_config") is None:
         raise ConfigError("init_lora_weights='corda' needs corda_config", where="argument init_lora_weights")
+    reads_base = request.extra.get("use_dora") or re.match("pissa|olora|corda", str(init))
+    if reads_base and quantization.startswith("fp8_"):
+        raise UnsupportedError(
+            f"{'use_dora=True' if request.extra.get('use_dora') else f'init_lora_weights={init!r}'} reads the base's "
+            "weights, which this model holds in fp8",
+            where="get_peft_model",
+            hint="use plain LoRA, or load the model in 16 bit or with load_in_4bit=True",
+        )
     if init == "loftq":
         if quantization != "none":
             raise ConfigError(

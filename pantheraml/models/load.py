@@ -26,7 +26,14 @@ from .checkpointing import check_mode, set_checkpointing
 from .context import check_max_seq_length, extend_context
 from .inference import attach_generate
 from .methods import attach_methods
-from .quantize import Flags, Quantization, compute_dtype_of, keep_weights_unpacked, resolve_quantization
+from .quantize import (
+    Flags,
+    Quantization,
+    compute_dtype_of,
+    keep_weights_unpacked,
+    multiply_in_fp8,
+    resolve_quantization,
+)
 from .record import ModelRecord, attach_record
 from .request import HUB_KEYWORDS, LoadRequest, check_options, dtype_argument, take_config_fields
 from .source import Hub, Source, check_source_weights, load_config, resolve_source
@@ -305,6 +312,8 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         seed_everything(request.random_state)
     model, info = _read_weights(plan.auto, source, plan.read_options(request))
     keep_weights_unpacked(model)
+    if plan.quantization.fp8_compute:
+        multiply_in_fp8(model)
     if request.extra.get("attn_implementation") is None:
         prefer_attention(model)
     if device.type == "xla":
@@ -364,7 +373,8 @@ def _banner(model: Any, config: Any, record: ModelRecord, quantization: Quantiza
     parts = [
         config.model_type,
         str(record.dtype).removeprefix("torch."),
-        {"none": "unquantised"}.get(quantization.method, quantization.method),
+        {"none": "unquantised"}.get(quantization.method, quantization.method)
+        + (" with fp8 products" if quantization.fp8_compute else ""),
         device.name if device.type != "cpu" else "cpu",
         f"{record.max_seq_length} tokens",
     ]

@@ -75,7 +75,8 @@ class FastLanguageModel:
             dtype: ``torch.float16``, ``torch.bfloat16``, ``torch.float32`` or their names; None takes bfloat16 where
                 it is native, else float16 on GPUs, else float32.
             load_in_4bit: Hold the weights in nf4 with double quantisation (bitsandbytes); a 16-bit checkpoint is
-                quantised while it loads. The default gives way to any other choice; given explicitly it does not.
+                quantised while it loads. The default gives way to any other choice; given explicitly it does not
+                (``load_in_fp8=True`` besides it is a choice of its own, see there).
             load_in_8bit: Hold the weights in int8 (bitsandbytes).
             load_in_16bit: Hold the weights unquantised.
             full_finetuning: Train every weight; unquantised.
@@ -98,7 +99,12 @@ class FastLanguageModel:
             max_lora_rank: vLLM.
             disable_log_stats: vLLM.
             qat_scheme: Quantisation-aware training; not available yet.
-            load_in_fp8: fp8 weights; not available yet.
+            load_in_fp8: Hold the decoder's linear layers in fp8 (e4m3) and multiply them in fp8, inputs quantised as
+                they come: True with a scale for each row of a weight, ``"block"`` for each 128 x 128 tile. Head,
+                embeddings, norms, routers and stacked experts stay in ``dtype``. A 16-bit checkpoint is quantised
+                while it loads; one that is in fp8 already loads as it is. With ``load_in_4bit=True``, both given
+                explicitly, weights are stored in nf4 and multiplied in fp8. Needs compute capability 8.9 and bfloat16;
+                a CPU computes the same roundings, slowly.
             unsloth_tiled_mlp: MLP in tiles; not available yet.
             text_only: Load the text decoder of a multimodal model alone.
             auto_device_map: Spread a model that does not fit one GPU over those of this process.

@@ -32,7 +32,12 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 # Formats that ship quantised for serving and are unpacked to 16 bit for training.
 _UNPACKED = {"mxfp4": "Mxfp4Config"}
 _BNB_DEVICES = ("cuda", "hip", "xpu", "cpu")
-_FLAG_HINT = "pass exactly one of load_in_4bit=True, load_in_8bit=True, load_in_16bit=True, or a quantization_config"
+_FLAG_HINT = (
+    "pass exactly one of load_in_4bit=True, load_in_8bit=True, load_in_16bit=True, load_in_fp8=True, or a "
+    "quantization_config (load_in_4bit=True with load_in_fp8=True means 4-bit storage and fp8 products)"
+)
+# Methods of checkpoints that are in fp8 already; asking for fp8 leaves them as they are.
+_FP8_CHECKPOINTS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,15 @@ class Quantization:
     """The quantisation of one load.
 
     Attributes:
-        method: ``"none"``, ``"nf4"``, ``"fp4"``, ``"int8"``, or the checkpoint's own method such as ``"gptq"``.
+        method: ``"none"``, ``"nf4"``, ``"fp4"``, ``"int8"``, ``"fp8_rows"``, ``"fp8_block"``, or the checkpoint's own
+            method such as ``"gptq"``.
         config: What goes to ``from_pretrained`` as ``quantization_config``; None leaves the checkpoint as it is.
+        fp8_compute: Whether 4-bit weights are multiplied in fp8.
     """
 
     method: str
     config: Any = None
+    fp8_compute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +77,32 @@ class Flags:
         names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
         return [name for name in names if getattr(self, name) and not isinstance(getattr(self, name), _Default)]
 
+    @property
+    def fp8_compute(self) -> bool:
+        """Whether 4-bit storage and fp8 products were asked for, by naming both."""
+        return self.chosen == ["load_in_4bit", "load_in_fp8"]
+
     def check(self) -> None:
         """Refuse flags of the wrong type and contradictions.
 
         Raises:
-            ArgumentError: a flag is no bool.
+            ArgumentError: a flag is no bool (``load_in_fp8``: nor ``"block"``).
             ConflictError: more than one precision, or full fine-tuning of quantised weights.
-            UnsupportedError: ``load_in_fp8``.
         """
         for name in ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning"):
             if not isinstance(getattr(self, name), bool | _Default):
                 raise ArgumentError(f"{name} must be True or False, got {getattr(self, name)!r}", where=name)
-        if len(self.chosen) > 1:
+        if not isinstance(self.load_in_fp8, bool) and self.load_in_fp8 != "block":
+            raise ArgumentError(
+                f"load_in_fp8 must be True, False or 'block', got {self.load_in_fp8!r}", where="load_in_fp8"
+            )
+        if self.fp8_compute and self.load_in_fp8 == "block":
+            raise ConflictError(
+                "load_in_4bit=True and load_in_fp8='block' contradict each other",
+                why="4-bit weights are multiplied in fp8 with a scale for each row",
+                hint="pass load_in_fp8=True for products in fp8, or leave load_in_4bit out",
+            )
+        if len(self.chosen) > 1 and not self.fp8_compute:
             raise ConflictError(
                 f"{' and '.join(self.chosen)} contradict each other",
                 why="the weights can be held in one precision only",
@@ -92,12 +114,6 @@ class Flags:
                 f"full_finetuning=True and {quantised[0]}=True contradict each other",
                 why="quantised weights cannot be trained; only adapters on top of them can",
                 hint="leave the quantisation flag out, or drop full_finetuning and use get_peft_model",
-            )
-        if self.load_in_fp8:
-            raise UnsupportedError(
-                f"load_in_fp8={self.load_in_fp8!r} is not available in this release",
-                where="argument load_in_fp8",
-                hint="use load_in_8bit=True (int8), load_in_4bit=True (nf4), or a checkpoint that is already fp8",
             )
 
 
@@ -157,12 +173,49 @@ def _check_bitsandbytes(device: Device, what: str) -> None:
     _quiet_int8()
 
 
+def _check_fp8(device: Device, dtype: torch.dtype) -> None:
+    """Refuse fp8 products where nothing computes them; a CPU computes what they would give, slowly."""
+    import torch
+
+    if device.type == "cpu":
+        log.once("fp8 on a CPU: products are computed in float32 from rounded factors, to try things out only")
+        return
+    if not device.float8:
+        capability = (
+            "" if device.capability is None else f" (compute capability {device.capability[0]}.{device.capability[1]})"
+        )
+        raise UnsupportedError(
+            f"load_in_fp8 needs fp8 matrix units, which {device.name}{capability} does not have",
+            where="argument load_in_fp8",
+            why="NVIDIA GPUs have them from compute capability 8.9 (Ada, Hopper, Blackwell)",
+            hint="pass load_in_4bit=True, load_in_8bit=True or load_in_16bit=True",
+        )
+    if dtype != torch.bfloat16:
+        raise UnsupportedError(
+            f"load_in_fp8 with dtype={str(dtype).removeprefix('torch.')}: fp8 products give bfloat16 on {device.name}",
+            where="argument dtype",
+            hint="pass dtype=torch.bfloat16, or leave it out",
+        )
+
+
+def _fp8(flags: Flags, dtype: torch.dtype, skip: list[str] | None) -> Quantization:
+    from .fp8 import Fp8LoadingConfig
+
+    block = flags.load_in_fp8 == "block"
+    config = Fp8LoadingConfig(block=block, compute_dtype=dtype, modules_to_not_convert=skip)
+    return Quantization("fp8_block" if block else "fp8_rows", config)
+
+
 def _from_flags(flags: Flags, *, name: str, dtype: torch.dtype, device: Device, skip: list[str] | None) -> Quantization:
     from transformers import BitsAndBytesConfig
 
     if flags.load_in_8bit:
         _check_bitsandbytes(device, "load_in_8bit=True")
         return Quantization("int8", BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip))
+    if flags.load_in_fp8:
+        _check_fp8(device, dtype)
+        if not flags.fp8_compute:
+            return _fp8(flags, dtype, skip)
     if flags.load_in_16bit or flags.full_finetuning or not flags.load_in_4bit:
         if flags.full_finetuning and flags.default_4bit:
             log.once("full_finetuning=True: the weights are loaded unquantised (load_in_4bit is off)")
@@ -183,6 +236,7 @@ def _from_flags(flags: Flags, *, name: str, dtype: torch.dtype, device: Device, 
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skip,
         ),
+        fp8_compute=flags.fp8_compute,
     )
 
 
@@ -193,7 +247,7 @@ def _unpack(method: str) -> Any:
     return config_class(dequantize=True) if config_class is not None else None
 
 
-def _from_checkpoint(existing: Any, flags: Flags, *, name: str, device: Device) -> Quantization:
+def _from_checkpoint(existing: Any, flags: Flags, *, name: str, dtype: torch.dtype, device: Device) -> Quantization:
     method = method_of(existing)
     if flags.full_finetuning and method not in _UNPACKED:
         raise ConflictError(
@@ -206,15 +260,20 @@ def _from_checkpoint(existing: Any, flags: Flags, *, name: str, device: Device) 
     if not is_bitsandbytes(method):
         if flags.chosen and flags.chosen != ["load_in_16bit"]:
             log.info(f"{name} is already quantised ({method}): {flags.chosen[0]} has no effect")
-        if flags.load_in_16bit:
+        if flags.load_in_16bit or (flags.load_in_fp8 and method not in _FP8_CHECKPOINTS):
             raise ConflictError(
-                f"load_in_16bit=True and the checkpoint's own quantisation ({method}) contradict each other",
+                f"{flags.chosen[0]}={getattr(flags, flags.chosen[0])!r} and the checkpoint's own quantisation "
+                f"({method}) contradict each other",
                 where=name,
                 hint="load the 16-bit repository of this model",
             )
         return Quantization(method)
-    asked = flags.chosen[0] if flags.chosen else None
-    wanted = {"load_in_4bit": ("nf4", "fp4"), "load_in_8bit": ("int8",), "load_in_16bit": ()}
+    if flags.fp8_compute and method == "nf4":
+        _check_fp8(device, dtype)
+        _check_bitsandbytes(device, f"the {method} checkpoint {name}")
+        return Quantization(method, fp8_compute=True)
+    asked = flags.chosen[-1] if flags.chosen else None
+    wanted = {"load_in_4bit": ("nf4", "fp4"), "load_in_8bit": ("int8",), "load_in_16bit": (), "load_in_fp8": ()}
     refused_4bit = not flags.load_in_4bit and asked is None
     if (asked is not None and method not in wanted[asked]) or (refused_4bit and method != "int8"):
         raise ConflictError(
@@ -222,7 +281,8 @@ def _from_checkpoint(existing: Any, flags: Flags, *, name: str, device: Device) 
             "contradict each other",
             where=name,
             why="weights that are stored quantised cannot be loaded in another precision",
-            hint="load the 16-bit repository of this model, or leave the flag out",
+            hint="load the 16-bit repository of this model, or leave the flag out"
+            + (", or pass load_in_4bit=True too for fp8 products" if flags.load_in_fp8 and method == "nf4" else ""),
         )
     _check_bitsandbytes(device, f"the {method} checkpoint {name}")
     return Quantization(method)
@@ -274,7 +334,7 @@ def resolve_quantization(
             _check_bitsandbytes(device, f"quantization_config ({method})")
         return Quantization(method, wanted)
     if existing is not None:
-        return _from_checkpoint(existing, flags, name=name, device=device)
+        return _from_checkpoint(existing, flags, name=name, dtype=dtype, device=device)
     text = config.get_text_config()
     skip = list(_SKIPPED_WITH_EXPERTS) if any(getattr(text, count, None) for count in _EXPERT_COUNTS) else None
     return _from_flags(flags, name=name, dtype=dtype, device=device, skip=skip)
@@ -301,6 +361,23 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def multiply_in_fp8(model: nn.Module) -> None:
+    """Let the 4-bit layers of a model multiply in fp8.
+
+    Raises:
+        UnsupportedError: none of them can.
+    """
+    from .layers import fp8_four_bit  # bitsandbytes is optional
+
+    if fp8_four_bit.multiply_in_fp8(model) == 0:
+        raise UnsupportedError(
+            f"no 4-bit layer of {type(model).__name__} can be multiplied in fp8",
+            where="argument load_in_fp8",
+            why="their sides are no multiples of 16, or their rows no whole blocks",
+            hint="leave load_in_fp8 out",
+        )
 
 
 class _OnceFilter(logging.Filter):

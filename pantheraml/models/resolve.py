@@ -45,7 +45,7 @@ _NO_FLOAT16 = frozenset(
 )
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Bytes a weight takes in each method, scales included; for deciding whether a model fits one device.
-_BYTES_PER_WEIGHT = {"nf4": 0.6, "fp4": 0.6, "int8": 1.05}
+_BYTES_PER_WEIGHT = {"nf4": 0.6, "fp4": 0.6, "int8": 1.05, "fp8_rows": 1.05, "fp8_block": 1.05}
 # Share of a device's memory that weights may take before they are spread over several.
 _WEIGHT_SHARE = 0.85
 

@@ -14,9 +14,10 @@ import torch
 
 from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
 from pantheraml.kernels import fp8_linear, fp8_operands
-from pantheraml.kernels.fp8 import fp8_transpose
+from pantheraml.kernels.fp8 import fp8_quantize_rows, fp8_transpose
 from pantheraml.kernels.fp8_linear import Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
+from pantheraml.kernels.lora_linear import Term, project
 from pantheraml.kernels.nf4 import Quantized4Bit
 from pantheraml.kernels.reference import fp8_linear as reference
 
@@ -250,6 +251,23 @@ def test_lora_on_an_fp8_base(kind, backend, device):
     assert 0.005 * base < (y.double() - expected).norm() < 0.036 * base
     part = upstream.double() @ w
     assert 0.005 * part.norm() < (gradients["x"].double() - truth["x"]).norm() < 0.036 * part.norm()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_residual_and_buffer_of_a_product(adapted):
+    weight, _ = weight_of("rows")
+    t = {name: value.bfloat16() for name, value in tensors().items()}
+    A, B = (t["A"], t["B"]) if adapted else (None, None)
+    term = Term(Projection(weight), None, t["bias"], A, B, 1.7, "auto")
+    x, residual = t["x"].flatten(0, 1), random(2 * TOKENS, OUT, seed=6).bfloat16()
+    (plain,), _ = project(x, x, [term])
+    buffer = torch.empty_like(residual)
+    (added,), _ = project(x, x, [term], residual=residual, out=buffer)
+    assert added is buffer
+    # Three roundings to bfloat16 in another order.
+    torch.testing.assert_close(added.float(), plain.float() + residual.float(), rtol=2e-2, atol=2e-2)
+    (same,), _ = project(x, x, [term], rows=fp8_quantize_rows(x))
+    assert torch.equal(same, plain)
 
 
 def test_projections_of_one_input_quantise_it_once(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, GPTQConfig
@@ -39,6 +41,9 @@ def resolve(flags=None, *, existing=None, given=None, name="org/model", device=C
         (Flags(full_finetuning=True), "none"),
         (Flags(load_in_4bit=False, full_finetuning=True), "none"),
         (Flags(load_in_16bit=True, full_finetuning=True), "none"),
+        (Flags(load_in_fp8=True), "fp8_rows"),
+        (Flags(load_in_4bit=False, load_in_fp8="block"), "fp8_block"),
+        (Flags(load_in_4bit=True, load_in_fp8=True), "nf4"),
     ],
 )
 def test_flags(flags, method):
@@ -70,6 +75,10 @@ def test_bf16_in_the_name():
         Flags(load_in_4bit=True, load_in_16bit=True),
         Flags(load_in_8bit=True, load_in_16bit=True),
         Flags(load_in_8bit=True, load_in_fp8=True),
+        Flags(load_in_16bit=True, load_in_fp8=True),
+        Flags(load_in_4bit=True, load_in_fp8="block"),
+        Flags(load_in_fp8=True, full_finetuning=True),
+        Flags(load_in_4bit=True, load_in_fp8=True, full_finetuning=True),
         Flags(load_in_4bit=True, full_finetuning=True),
         Flags(load_in_8bit=True, full_finetuning=True),
     ],
@@ -77,6 +86,54 @@ def test_bf16_in_the_name():
 def test_contradictions(flags):
     with pytest.raises(RuntimeError, match="contradict"):
         flags.check()
+
+
+@pytest.mark.parametrize("value", [1, "row", None])
+def test_fp8_is_a_bool_or_block(value):
+    with pytest.raises(ArgumentError, match="load_in_fp8"):
+        Flags(load_in_fp8=value).check()
+
+
+def test_fp8_settings():
+    rows, block = (resolve(Flags(load_in_fp8=value)).config for value in (True, "block"))
+    assert (rows.block, block.block) == (False, True)
+    assert rows.compute_dtype is torch.bfloat16
+    assert json.loads(rows.to_json_string())["compute_dtype"] == "bfloat16"
+    moe = resolve(Flags(load_in_fp8=True), family="qwen3_moe", num_experts=8).config
+    assert {"lm_head", "router", ".gate"} <= set(moe.modules_to_not_convert)
+    assert resolve(Flags(load_in_4bit=True, load_in_fp8=True)).fp8_compute
+    assert not resolve(Flags(load_in_4bit=True)).fp8_compute
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "text"),
+    [
+        (Device("cuda", "cuda", 0, 1, "NVIDIA A100", (8, 0), 80 << 30, True, True, False), torch.bfloat16, "8.0"),
+        (Device("cuda", "cuda", 0, 1, "NVIDIA H100", (9, 0), 80 << 30, True, True, True), torch.float16, "bfloat16"),
+        (MPS, torch.bfloat16, "Apple GPU"),
+    ],
+    ids=["A100", "float16", "mps"],
+)
+@pytest.mark.parametrize("flags", [Flags(load_in_fp8=True), Flags(load_in_4bit=True, load_in_fp8=True)])
+def test_fp8_needs_units_and_bfloat16(flags, device, dtype, text):
+    config = AutoConfig.for_model("llama")
+    with pytest.raises(UnsupportedError, match=text):
+        resolve_quantization(flags, name="org/model", config=config, given=None, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_checkpoints_in_fp8_load_as_they_are(method):
+    found = resolve(Flags(load_in_fp8=True), existing={"quant_method": method})
+    assert (found.method, found.config, found.fp8_compute) == (method, None, False)
+
+
+def test_nf4_checkpoints_multiply_in_fp8_when_both_are_named():
+    found = resolve(Flags(load_in_4bit=True, load_in_fp8=True), existing=NF4)
+    assert (found.method, found.config, found.fp8_compute) == ("nf4", None, True)
+    with pytest.raises(ConflictError, match="load_in_4bit=True too"):
+        resolve(Flags(load_in_fp8=True), existing=NF4)
+    with pytest.raises(ConflictError, match="load_in_fp8"):
+        resolve(Flags(load_in_fp8=True), existing=GPTQ)
 
 
 @pytest.mark.parametrize("value", [1, "True", None])

@@ -13,12 +13,16 @@ import torch
 from torch import nn
 
 from ... import kernels
+from ...kernels.fp8_linear import Fp8Weight, Nf4Fp8Weight
 from ...kernels.lora_linear import Adapter, Projection
 from ...kernels.reference.nf4 import Quantized4Bit
 from ..roles import is_lora, plain_tensor
+from .fp8 import Fp8Linear
 from .slots import Swap, stock_forward
 
 _PACKED = "_pantheraml_quantized"
+# Classes of 4-bit layers, by name because bitsandbytes is optional, and whether they multiply in fp8.
+_FOUR_BIT = {"Linear4bit": False, "Linear4bitFp8": True}
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -38,19 +42,25 @@ def untouched(layer: nn.Module) -> bool:
     )
 
 
-def _base_weight(layer: nn.Module, *, trained: bool = False) -> torch.Tensor | Quantized4Bit | None:
-    """The weight of a linear layer, dense or 4-bit, frozen unless ``trained`` allows both; None for any other kind."""
+def base_weight(
+    layer: nn.Module, *, trained: bool = False
+) -> torch.Tensor | Quantized4Bit | Fp8Weight | Nf4Fp8Weight | None:
+    """The weight of a linear layer: dense, 4-bit or fp8; frozen unless ``trained`` allows both; None for other kinds."""
     weight = layer._parameters.get("weight")
     if weight is None or (weight.requires_grad and not trained) or not untouched(layer):
         return None
     if type(layer) is nn.Linear:
         return weight if plain_tensor(weight) else None
+    if type(layer) is Fp8Linear:
+        return layer.fp8_weight() if layer.is_fp8 else weight
     state = getattr(weight, "quant_state", None)
-    if type(layer).__name__ != "Linear4bit" or state is None or getattr(state, "packing_format_for_cpu", False):
+    in_fp8 = _FOUR_BIT.get(type(layer).__name__)
+    if in_fp8 is None or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     cached = layer.__dict__.get(_PACKED)
     if cached is None or cached[0] != weight.data_ptr():
-        cached = (weight.data_ptr(), Quantized4Bit.from_quant_state(weight.data, state))
+        stored = Quantized4Bit.from_quant_state(weight.data, state)
+        cached = (weight.data_ptr(), Nf4Fp8Weight.of(stored) if in_fp8 else stored)
         layer.__dict__[_PACKED] = cached
     return cached[1]
 
@@ -71,7 +81,7 @@ def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) 
     layer: Any = module
     if layer.disable_adapters or layer.merged or not _untouched_lora(layer):
         return None
-    weight = _base_weight(layer.base_layer, trained=trained)
+    weight = base_weight(layer.base_layer, trained=trained)
     if weight is None:
         return None
     dtype = compute_dtype(x)
@@ -100,7 +110,7 @@ def _untouched_lora(layer: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection | None:
-    weight = _base_weight(module, trained=trained)
+    weight = base_weight(module, trained=trained)
     # Without autocast a frozen layer of another dtype raises in torch; that is for its own forward to say.
     if weight is None or weight.dtype != compute_dtype(x):
         return None
@@ -125,6 +135,14 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def adopt(module: Any) -> None:
+    """Prepare a LoRA layer for a base in fp8, where it has one; see ``fp8_adapters.adopt``."""
+    if isinstance(module.base_layer, Fp8Linear):
+        from .fp8_adapters import adopt as prepare  # PEFT is loaded where there is a LoRA layer
+
+        prepare(module)
+
+
 def plan(module: Any) -> Swap | str:
     """Decide whether a LoRA layer can ever take the fused path.
 
@@ -135,6 +153,6 @@ def plan(module: Any) -> Swap | str:
         What to install, or why the module keeps its forward.
     """
     base = module.base_layer
-    if type(base) is not nn.Linear and type(base).__name__ != "Linear4bit":
+    if type(base) not in (nn.Linear, Fp8Linear) and type(base).__name__ not in _FOUR_BIT:
         return f"no fused path for LoRA on {type(base).__name__}"
     return Swap("lora", "lora_linear", None, forward)
