@@ -6,6 +6,7 @@ documents and the width of the window. The kernels want just that.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,6 +18,11 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def lasting() -> contextlib.AbstractContextManager[Any]:
+    """Inside, tensors are made that training can use, even when inference makes them first and they are kept."""
+    return torch.inference_mode(False)
 
 
 @dataclass(eq=False)
@@ -57,11 +63,12 @@ class Documents:
     def first(self) -> torch.Tensor:
         """The first key that each token sees, counted from the start of its row; [B, T], int32."""
         tokens = self.batch * self.length
-        starts = self.cumulative[:-1].repeat_interleave(self.cumulative.diff(), output_size=tokens)
-        starts = (starts.view(self.batch, self.length) % self.length).int()
-        if self.window is None:
-            return starts
-        return torch.maximum(starts, torch.arange(self.length, device=starts.device).int() - (self.window - 1))
+        with lasting():
+            starts = self.cumulative[:-1].repeat_interleave(self.cumulative.diff(), output_size=tokens)
+            starts = (starts.view(self.batch, self.length) % self.length).int()
+            if self.window is None:
+                return starts
+            return torch.maximum(starts, torch.arange(self.length, device=starts.device).int() - (self.window - 1))
 
     def dense(self) -> torch.Tensor:
         """The mask in full: [B, 1, T, T], True where a token (row) sees a key (column)."""
@@ -84,7 +91,8 @@ def from_lengths(
     lengths: Sequence[int], batch: int, length: int, window: int | None, device: torch.device | str
 ) -> Documents:
     """Describe documents of which the host knows the ``lengths``."""
-    cumulative = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    with lasting():
+        cumulative = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     documents = Documents(cumulative, max(lengths), batch, length, window)
     documents.lengths = tuple(lengths)
     return documents
@@ -136,12 +144,14 @@ def from_mask_function(
     keys = torch.cat([*seen, *(key for key, _ in unseen)], -1)
     due = torch.cat([torch.ones_like(begins)] * len(seen) + [expected for _, expected in unseen], -1)
     agrees = (sees(index.repeat(1, len(seen) + len(unseen)), keys) == due).all()
-    *flags, is_such = torch.cat([begins.flatten(), agrees[None]]).tolist()
-    if not is_such:
-        return None
-    bounds = [token for token, begin in enumerate(flags) if begin]
-    lengths = [after - before for before, after in itertools.pairwise([*bounds, batch * length])]
-    return from_lengths(lengths, batch, length, window, device)
+    flags = torch.cat([begins.flatten(), agrees[None]]).cpu()
+    return from_lengths(_between(flags[:-1]), batch, length, window, device) if flags[-1] else None
+
+
+def _between(begins: torch.Tensor) -> list[int]:
+    """Lengths of what begins at the True of a flat tensor on the CPU; its first is True."""
+    bounds = [*begins.nonzero().flatten().tolist(), begins.numel()]
+    return [after - before for before, after in itertools.pairwise(bounds)]
 
 
 # The tensor is the same in every layer of a forward, and in what is recomputed of it: the device is read once.
@@ -188,13 +198,12 @@ def from_keywords(
         return None
 
     def found() -> Documents | None:
-        begins = (positions == 0).expand(batch, length).tolist()
-        if not any(any(row[1:]) for row in begins):
+        begins = positions == 0
+        if not begins[:, 1:].any():
             return None
-        bounds = [
-            row * length + token for row, flags in enumerate(begins) for token, b in enumerate(flags) if b or not token
-        ]
-        lengths = [after - before for before, after in itertools.pairwise([*bounds, batch * length])]
-        return from_lengths(lengths, batch, length, window, device)
+        # A copy: rows that are expanded share their memory.
+        begins = begins.expand(batch, length).cpu().clone()
+        begins[:, 0] = True
+        return from_lengths(_between(begins.flatten()), batch, length, window, device)
 
     return _remembered(positions, (batch, length, window, device), found)

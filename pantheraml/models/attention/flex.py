@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import flex_attention
 
-from .documents import Documents
+from .documents import Documents, lasting
 
 # Tokens of a block, on either side.
 BLOCK = 128
@@ -32,7 +32,13 @@ def block_mask(documents: Documents) -> flex_attention.BlockMask:
     known = getattr(documents, "_block_mask", None)
     if known is not None:
         return known
-    first, length = documents.first, documents.length
+    with lasting():
+        mask = _block_mask(documents.first, documents.length)
+    documents._block_mask = mask  # type: ignore[attr-defined]
+    return mask
+
+
+def _block_mask(first: torch.Tensor, length: int) -> flex_attention.BlockMask:
     blocks = -(-length // BLOCK)
     # ``first`` never decreases along a row, so the ends of a block bound what its tokens see.
     earliest = first[:, ::BLOCK, None]
@@ -41,14 +47,15 @@ def block_mask(documents: Documents) -> flex_attention.BlockMask:
     query, key = torch.arange(blocks, device=first.device)[:, None], torch.arange(blocks, device=first.device)
     begins, lasts = key * BLOCK, (key + 1) * BLOCK - 1
     touched = (key <= query) & (lasts >= earliest)
-    full = (key < query) & (begins >= latest)
+    # A last block that is not filled is masked: the kernel would count the missing queries in.
+    full = (key < query) & (begins >= latest) & ((query + 1) * BLOCK <= length)
     numbers, indices = _ordered(touched & ~full)
     full_numbers, full_indices = _ordered(full)
 
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k >= first[batch, q]) & (k <= q)
 
-    mask = flex_attention.BlockMask.from_kv_blocks(
+    return flex_attention.BlockMask.from_kv_blocks(
         numbers,
         indices,
         full_numbers,
@@ -57,8 +64,6 @@ def block_mask(documents: Documents) -> flex_attention.BlockMask:
         mask_mod=sees,
         seq_lengths=(length, length),
     )
-    documents._block_mask = mask  # type: ignore[attr-defined]
-    return mask
 
 
 def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -30,6 +31,8 @@ DOCUMENTS: dict[str, Callable[..., torch.Tensor]] = {
     "flex": flex.flex,
     "exact": exact.documents_attention,
 }
+# Kernels in which several heads of queries share one of keys. Told so, torch passes the others over for its slow one.
+_SHARE_HEADS = frozenset({"cudnn", "flash"})
 # Devices whose masks this pair makes; on others, reading values on the host costs more than it saves.
 _DEVICES = frozenset({"cuda", "xpu", "mps", "cpu"})
 # Layers of these kinds calculate with the mask, so that it has to be there in full.
@@ -127,12 +130,48 @@ def _sdpa(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     kind = "dense" if mask is not None else "causal" if causal and query.shape[2] > 1 else "full"
-    call = table.Call(kind, query.shape[-1], query.dtype)
+    call = table.Call(kind, query.shape[-1], query.dtype, query.shape[2])
     order = table.order(call) if query.is_cuda else ()
     if not order:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if kind == "causal" and query.shape[2] == key.shape[2] and options.get("position_bias") is None:
+        scale, dropout = options.get("scaling"), options.get("dropout") or 0.0
+        return whole_rows_attention(query, key, value, order, scale=scale, dropout=dropout), None
     with sdpa_kernel([SDPA[name] for name in order], set_priority=True):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def whole_rows_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    order: Sequence[str],
+    *,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention of rows that are one document each, by the first of torch's kernels in ``order`` that can.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, H_kv, T, D].
+        value: [B, H_kv, T, D_v].
+        order: Keys of :data:`SDPA`.
+        scale: Factor of the scores, ``D ** -0.5`` when None.
+        dropout: Share of the probabilities that is dropped, default 0.
+
+    Returns:
+        [B, T, H, D_v].
+    """
+    groups = query.shape[1] // key.shape[1]
+    shared = groups > 1 and order[0] in _SHARE_HEADS
+    if groups > 1 and not shared:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    with sdpa_kernel([SDPA[name] for name in order], set_priority=True):
+        out = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=shared
+        )
+    return out.transpose(1, 2).contiguous()
 
 
 def is_right_padded(mask: torch.Tensor) -> bool:

@@ -78,7 +78,8 @@ TABLE = (
     Row("dense", "cuda", ("efficient", "math")),
     Row("dense", "hip", ("efficient", "math")),
     Row("documents", "cuda", ("varlen", "flex", "efficient", "exact"), capability=(8, 0)),
-    Row("documents", "cuda", ("efficient", "xformers", "flex", "exact")),
+    # xformers is there only where it was asked for (the extra of that name).
+    Row("documents", "cuda", ("xformers", "efficient", "flex", "exact")),
     Row("documents", "hip", ("flex", "exact")),
     Row("documents", "xpu", ("flex", "exact")),
     Row("documents", "cpu", ("exact",)),
