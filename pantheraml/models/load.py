@@ -21,7 +21,9 @@ from ..errors import (
 from . import resolve
 from .adapt import adapt
 from .adapters import finish_adapter, seed_everything, upcast_trainable
+from .attention import check_request as check_attention_request
 from .attention import prefer as prefer_attention
+from .attention import register as register_attention
 from .checkpointing import check_mode, set_checkpointing
 from .context import check_max_seq_length, extend_context
 from .inference import attach_generate
@@ -303,6 +305,8 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         PantheraMLError: as ``FastLanguageModel.from_pretrained`` says.
     """
     device = get_device()
+    register_attention()
+    check_attention_request(request.extra.get("attn_implementation"), device)
     plan = _plan(request, device)
     source = plan.source
     # The tokenizer comes before the weights: it is small, and a folder without one is told before minutes of reading.

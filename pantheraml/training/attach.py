@@ -30,7 +30,7 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import ranks, report, rows, states
+from . import padding_free, ranks, report, rows, states
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .guards import NonFiniteGuard
 from .isolation import check_isolation
@@ -91,6 +91,7 @@ def before_init(
             prepared = rows.prepare(arguments.get(key), args, arguments.get("processing_class"), formatting, name=name)
             if key in arguments:
                 arguments[key] = prepared
+    padding_free.settle(trainer, arguments, explicit)
     if not has_checkpointing_kwargs(explicit):
         # The model's own plan recomputes activations; TRL would prepare the model for another kind.
         vars(trainer)["_pantheraml_checkpointing"] = checkpointing_mode(args, record, explicit)
@@ -117,6 +118,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
         trainer.tokenizer = trainer.processing_class
     if getattr(trainer, "padding_free", False) and hasattr(trainer, "data_collator"):
         check_isolation(trainer)
+    padding_free.complete(trainer)
     rows.check_labels(trainer.train_dataset)
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)

@@ -1,0 +1,110 @@
+"""FlexAttention over documents: the kernel for soft caps, which no other fused kernel has."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.nn.attention import flex_attention
+
+from .documents import Documents, lasting
+
+# Tokens of a block, on either side.
+BLOCK = 128
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention.flex_attention)
+
+
+@functools.lru_cache(maxsize=8)
+def _capped(softcap: float) -> Any:
+    def cap(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+def block_mask(documents: Documents) -> flex_attention.BlockMask:
+    """The block mask of ``documents``, made from their bounds without a T x T mask and kept with them."""
+    known = getattr(documents, "_block_mask", None)
+    if known is not None:
+        return known
+    with lasting():
+        mask = _block_mask(documents.first, documents.length)
+    documents._block_mask = mask  # type: ignore[attr-defined]
+    return mask
+
+
+def _block_mask(first: torch.Tensor, length: int) -> flex_attention.BlockMask:
+    blocks = -(-length // BLOCK)
+    # ``first`` never decreases along a row, so the ends of a block bound what its tokens see.
+    earliest = first[:, ::BLOCK, None]
+    ends = (torch.arange(blocks, device=first.device) + 1).mul(BLOCK).clamp(max=length) - 1
+    latest = first[:, ends, None]
+    query, key = torch.arange(blocks, device=first.device)[:, None], torch.arange(blocks, device=first.device)
+    begins, lasts = key * BLOCK, (key + 1) * BLOCK - 1
+    touched = (key <= query) & (lasts >= earliest)
+    # A last block that is not filled is masked: the kernel would count the missing queries in.
+    full = (key < query) & (begins >= latest) & ((query + 1) * BLOCK <= length)
+    numbers, indices = _ordered(touched & ~full)
+    full_numbers, full_indices = _ordered(full)
+
+    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        return (k >= first[batch, q]) & (k <= q)
+
+    return flex_attention.BlockMask.from_kv_blocks(
+        numbers,
+        indices,
+        full_numbers,
+        full_indices,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the chosen blocks of each row [B, 1, N], and all indices, theirs first [B, 1, N, N]."""
+    indices = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None].contiguous()
+
+
+def flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention inside documents.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, H_kv, T, D].
+        value: [B, H_kv, T, D_v].
+        documents: Who sees whom.
+        scale: Factor of the scores.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; None leaves them.
+        sinks: [H], a score that takes part in each softmax and adds no value; None for none.
+
+    Returns:
+        [B, T, H, D_v].
+    """
+    options: dict[str, Any] = {
+        "score_mod": None if softcap is None else _capped(softcap),
+        "block_mask": block_mask(documents),
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    if sinks is None:
+        return _compiled()(query, key, value, **options).transpose(1, 2)
+    out, aux = _compiled()(query, key, value, return_aux=flex_attention.AuxRequest(lse=True), **options)
+    # The share that is left to the keys: exp(lse) / (exp(lse) + exp(sink)).
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])
+    return (out * share[..., None]).to(query.dtype).transpose(1, 2)
