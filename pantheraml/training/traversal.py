@@ -128,7 +128,9 @@ def quick_traversal(model: nn.Module) -> Iterator[None]:
     if hasattr(model, "num_parameters") and "num_parameters" not in vars(model):
         methods.append((model, "num_parameters", _num_parameters))
     # Bound methods, so that a deep copy of the model gets its own.
-    installed = [(module, name, types.MethodType(function, module)) for module, name, function in methods]
+    installed: list[tuple[nn.Module, str, Any]] = [
+        (m, name, types.MethodType(function, m)) for m, name, function in methods
+    ]
     installed.append((model, _COUNTS, {}))
     for module, name, value in installed:
         object.__setattr__(module, name, value)
