@@ -32,6 +32,7 @@ from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
 from . import padding_free, ranks, report, rows, states
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
+from .deferred import defer_figures
 from .guards import NonFiniteGuard
 from .isolation import check_isolation
 from .loggers import isolate_loggers
@@ -123,6 +124,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
     ranks.complete(trainer)
+    defer_figures(trainer)
     watch = StepWatch(trainer)
     guard = NonFiniteGuard(
         trainer,

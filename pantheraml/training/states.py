@@ -10,6 +10,7 @@ from typing import Any
 from ..models.activations import mode_of, set_activation_plan
 from ..models.inference import for_inference, for_training
 from .defaults import set_checkpointing
+from .traversal import quick_traversal
 
 _ENABLERS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
@@ -64,6 +65,7 @@ def _training_state(trainer: Any, mode: bool | str | None) -> Iterator[None]:
     if side is not None:
         tokenizer.padding_side = "right"
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quick_traversal(model))
         if mode is not None:
             stack.enter_context(_planned(trainer, mode))
         try:

@@ -1,0 +1,158 @@
+"""The figures that TRL logs with the loss, read from the device once a log instead of several times a micro-batch.
+
+TRL's ``SFTTrainer`` sums entropy, accuracy and tokens over the ranks and reads each sum at once, so the host waits for
+the forward before it launches the backward. Here those reads are put off: TRL's own code computes with figures that
+stay on the device, and ``log`` reads all of them in one transfer just before TRL averages them. The values are the same
+to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+# Micro-batches after which figures are read although nothing is logged, so that they do not pile up.
+_MOST_PENDING = 512
+
+
+class Deferred:
+    """A number that is still on the device.
+
+    Knows what TRL does with a sum over ranks: sums, means, quotients of counts, ``item()``, running totals. Anything
+    else that needs the number, such as ``float()`` or a comparison, reads it.
+
+    Args:
+        tensor: A tensor; 0-d once it is ``item()``.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def sum(self) -> Deferred:
+        """Sum over the ranks."""
+        return self if self.tensor.dim() == 0 else Deferred(self.tensor.sum())
+
+    def mean(self) -> Deferred:
+        """Mean over the ranks."""
+        return self if self.tensor.dim() == 0 else Deferred(self.tensor.mean())
+
+    def item(self) -> Deferred:
+        """The number, still on the device."""
+        return self
+
+    def __truediv__(self, other: Any) -> Deferred:
+        divisor = other.tensor if isinstance(other, Deferred) else other
+        quotient = self.tensor / divisor
+        # What TRL logs for a batch without labels, where it asks whether the count is over zero.
+        return Deferred(torch.where(divisor > 0, quotient, 0.0)) if isinstance(other, Deferred) else Deferred(quotient)
+
+    def __floordiv__(self, other: int) -> Deferred:
+        return self if other == 1 else Deferred(self.tensor // other)
+
+    def __add__(self, other: Any) -> Deferred:
+        return Deferred(self.tensor + (other.tensor if isinstance(other, Deferred) else other))
+
+    __radd__ = __add__
+
+    def __gt__(self, other: Any) -> bool:
+        # A count is compared with zero only to divide by it, and the quotient minds that.
+        return True if type(other) is int and other == 0 else self.tensor.item() > other
+
+    def __float__(self) -> float:
+        return float(self.tensor)
+
+    def __int__(self) -> int:
+        return int(self.tensor)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.tensor.item(), spec)
+
+
+def read(figures: Iterable[Any]) -> list[Any]:
+    """Replace deferred figures by numbers, in one transfer for each dtype and device."""
+    values = list(figures)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Deferred):
+            groups.setdefault((value.tensor.dtype, value.tensor.device), []).append(index)
+    for indices in groups.values():
+        for index, number in zip(indices, torch.stack([values[i].tensor for i in indices]).tolist(), strict=True):
+            values[index] = number
+    return values
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
+    """Put a method on an instance for now."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _sft_trainer(trainer: Any) -> type | None:
+    name = ("trl.trainer.sft_trainer", "SFTTrainer")
+    return next((cls for cls in type(trainer).__mro__ if (cls.__module__, cls.__name__) == name), None)
+
+
+def defer_figures(trainer: Any) -> bool:
+    """Put off the reads of a constructed ``SFTTrainer`` whose loss and log are TRL's own.
+
+    Args:
+        trainer: A trainer.
+
+    Returns:
+        Whether that was done: not for other trainers, nor for a subclass that replaces ``compute_loss`` or ``log``, nor
+        with a loss function of the user's, whose own reads must give numbers.
+    """
+    stock: Any = _sft_trainer(trainer)
+    if stock is None or getattr(trainer, "compute_loss_func", None) is not None:
+        return False
+    if type(trainer).compute_loss is not stock.compute_loss or type(trainer).log is not stock.log:
+        return False
+    if not hasattr(trainer, "_metrics") or not hasattr(trainer, "_total_train_tokens"):
+        return False
+    compute_loss, log = trainer.compute_loss, trainer.log
+
+    def settle() -> None:
+        lists = [values for metrics in trainer._metrics.values() for values in metrics.values()]
+        pending = [value for values in lists for value in values]
+        *numbers, trainer._total_train_tokens = read([*pending, trainer._total_train_tokens])
+        remaining = iter(numbers)
+        for values in lists:
+            values[:] = [next(remaining) for _ in values]
+
+    @functools.wraps(compute_loss)
+    def deferring(*args: Any, **kwargs: Any) -> Any:
+        accelerator = trainer.accelerator
+        gather = accelerator.gather_for_metrics
+
+        def gather_for_metrics(data: Any, *rest: Any, **options: Any) -> Any:
+            gathered = gather(data, *rest, **options)
+            return Deferred(gathered) if isinstance(gathered, torch.Tensor) else gathered
+
+        with _replaced(accelerator, "gather_for_metrics", gather_for_metrics):
+            result = compute_loss(*args, **kwargs)
+        if any(len(values) >= _MOST_PENDING for metrics in trainer._metrics.values() for values in metrics.values()):
+            settle()
+        return result
+
+    @functools.wraps(log)
+    def logging(*args: Any, **kwargs: Any) -> Any:
+        settle()
+        return log(*args, **kwargs)
+
+    trainer.compute_loss, trainer.log = deferring, logging
+    return True

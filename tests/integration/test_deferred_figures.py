@@ -1,0 +1,145 @@
+"""The figures that TRL logs, read once a log: the same values, and no read before the backward."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_support import panthera_model
+
+from pantheraml.training import attach, deferred
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIGURES = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+
+
+class Reads(TorchDispatchMode):
+    """Counts readings from the device, without those of transformers' question whether a mask hides anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += not any("masking_utils" in frame.filename for frame in traceback.extract_stack())
+        return func(*args, **(kwargs or {}))
+
+
+def rows() -> Dataset:
+    """Twelve rows of different lengths."""
+    ids = [[5 + (i * j) % 40 for j in range(1, 5 + i)] for i in range(12)]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * len(row) for row in ids]})
+
+
+def trainer_of(folder, tokenizer, *, kind=None, model_type="llama", **options):
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        max_steps=6,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        train_sampling_strategy="sequential",
+        packing=False,
+        padding_free=False,
+        **options,
+    )
+    data = rows()
+    model = panthera_model(model_type)
+    kind = kind or SFTTrainer
+    trainer = kind(model=model, processing_class=tokenizer, args=args, train_dataset=data, eval_dataset=data)
+    collate = trainer.data_collator
+
+    def second_batch_without_labels(examples):
+        batch = collate(examples)
+        if batch["input_ids"][0].tolist()[:3] == ids_of_third[:3]:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+    ids_of_third = data[2]["input_ids"]
+    trainer.data_collator = second_batch_without_labels
+    return trainer
+
+
+def logged(trainer) -> list[dict]:
+    trainer.train()
+    trainer.evaluate()
+    names = {*FIGURES, *(f"eval_{name}" for name in FIGURES)}
+    return [{k: v for k, v in entry.items() if k in names} for entry in trainer.state.log_history]
+
+
+@pytest.mark.parametrize(("model_type", "steps"), [("llama", 1), ("llama", 3), ("qwen2_moe", 2)])
+def test_every_logged_figure_is_that_of_stock(model_type, steps, tmp_path, tiny_tokenizer, monkeypatch):
+    ours = logged(trainer_of(tmp_path / "a", tiny_tokenizer, model_type=model_type, logging_steps=steps))
+    monkeypatch.setattr(attach, "defer_figures", lambda trainer: False)
+    stock = logged(trainer_of(tmp_path / "b", tiny_tokenizer, model_type=model_type, logging_steps=steps))
+    assert ours == stock
+    if steps == 1:
+        assert [entry["entropy"] == 0.0 for entry in ours[:6]] == [False, True, False, False, False, False]
+    numbers = [value for entry in ours for value in entry.values()]
+    assert {type(value) for value in numbers} <= {int, float}
+
+
+def test_a_micro_batch_is_not_read(tmp_path, tiny_tokenizer, monkeypatch):
+    trainer = trainer_of(tmp_path, tiny_tokenizer, logging_steps=2)
+    counts = []
+    step = trainer.training_step
+
+    def counting(*args, **kwargs):
+        with Reads() as reads:
+            result = step(*args, **kwargs)
+        counts.append(reads.count)
+        return result
+
+    trainer.training_step = counting
+    trainer.train()
+    assert counts == [0] * 6
+    assert isinstance(trainer._total_train_tokens, int)
+
+
+def test_figures_do_not_pile_up(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(deferred, "_MOST_PENDING", 2)
+    trainer = trainer_of(tmp_path, tiny_tokenizer, logging_steps=6)
+    most = []
+    loss = trainer.compute_loss
+
+    def watching(*args, **kwargs):
+        result = loss(*args, **kwargs)
+        values = trainer._metrics["train"]["entropy"]
+        most.append(sum(isinstance(value, deferred.Deferred) for value in values))
+        return result
+
+    trainer.compute_loss = watching
+    trainer.train()
+    assert max(most) < 2
+    assert "entropy" in trainer.state.log_history[0]
+
+
+def test_a_loss_of_the_users_own_is_left_alone(tmp_path, tiny_tokenizer):
+    from trl import SFTTrainer
+
+    class Own(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            count = self.accelerator.gather_for_metrics(torch.ones((), dtype=torch.int64)).sum()
+            assert isinstance(count.item(), int)
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = trainer_of(tmp_path, tiny_tokenizer, kind=Own, logging_steps=1)
+    assert "compute_loss" not in vars(trainer)
+    trainer.train()
+
+
+def test_a_deferred_number_can_be_used_at_once():
+    number = deferred.Deferred(torch.tensor(3))
+    assert (int(number), float(number), f"{number:>3}") == (3, 3.0, "  3")
+    assert number > 2
+    assert not number > 3
+    assert deferred.read([deferred.Deferred(torch.zeros(())) / deferred.Deferred(torch.tensor(0))]) == [0.0]
+    assert deferred.read([2 + number, number // 2, 1.5]) == [5, 1, 1.5]
