@@ -19,6 +19,7 @@ MODULES = (
     "glu",
     "cross_entropy",
     "linear_cross_entropy",
+    "low_rank",
     "lora",
     "nf4",
     "fp8",

@@ -24,10 +24,13 @@ from torch.nn import functional
 
 from .. import env
 from ..errors import ConfigError, UnsupportedError
-from . import dispatch
+from . import dispatch, low_rank
 from .nf4 import nf4_dequantize
 from .reference import lora as reference
 from .reference.nf4 import Quantized4Bit
+
+# Fewer rows are left to torch's products, which take less of the host's time.
+KERNEL_ROWS = 512
 
 Weight = torch.Tensor | Quantized4Bit | Callable[[], torch.Tensor]
 
@@ -99,9 +102,9 @@ class TermGradients(NamedTuple):
     B: torch.Tensor | None
 
 
-def joined_A(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor | None:
-    """All A of the terms below one another, [sum of ranks, I]."""
-    factors = [term.A.to(dtype) for term in terms if term.A is not None]
+def joined_A(terms: Sequence[Term], dtype: torch.dtype | None) -> torch.Tensor | None:
+    """All A of the terms below one another, [sum of ranks, I], in ``dtype`` (None: as they are)."""
+    factors = [term.A if dtype is None else term.A.to(dtype) for term in terms if term.A is not None]
     if not factors:
         return None
     return factors[0] if len(factors) == 1 else torch.cat(factors)
@@ -116,24 +119,45 @@ def _pieces(terms: Sequence[Term]) -> list[slice]:
     return pieces
 
 
+def _by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
+    """Whether Triton's kernels make the thin products beside this wide factor, or torch does."""
+    backend = terms[0].backend
+    rank = sum(term.rank for term in terms)
+    if not low_rank.serves(wide, rank) or (backend == "auto" and wide.shape[0] < KERNEL_ROWS):
+        return False
+    return dispatch.resolve("lora_linear", wide, backend) == "triton"
+
+
 def project(x: torch.Tensor, u: torch.Tensor, terms: Sequence[Term]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Outputs of all terms for ``x`` [T, I], and ``u @ joined_A.T`` for the backward."""
     dtype = x.dtype
-    A = joined_A(terms, dtype)
-    skinny = None if A is None else torch.mm(u, A.t())
+    kernels = _by_kernels(u, terms)
+    A = joined_A(terms, None if kernels else dtype)
+    skinny = None
+    if A is not None:
+        skinny = low_rank.narrow(u, A) if kernels else torch.mm(u, A.t())
     outputs = []
     for term, piece in zip(terms, _pieces(terms)):
-        bias = None if term.bias is None else term.bias.to(dtype)
         if term.B is None or skinny is None:
+            bias = None if term.bias is None else term.bias.to(dtype)
             outputs.append(functional.linear(x, term.dense(dtype), bias))
             continue
-        columns, B = skinny[:, piece], term.B.to(dtype).t()
-        if bias is None:
-            y = _scaled_product(columns, B, term.scaling, x.new_empty((x.shape[0], B.shape[1])))
-        else:
-            y = torch.addmm(bias, columns, B, alpha=term.scaling)
+        y = _update(skinny[:, piece], term, kernels=kernels)
         outputs.append(y.addmm_(x, term.dense(dtype).t()))
     return outputs, skinny
+
+
+def _update(columns: torch.Tensor, term: Term, *, kernels: bool) -> torch.Tensor:
+    """``scaling * columns @ B.T + bias``, to which the base's product is added."""
+    assert term.B is not None
+    rows, dtype = columns.shape[0], columns.dtype
+    if kernels:
+        bias = None if term.bias is None else term.bias.expand(rows, -1)
+        return low_rank.widen(columns, term.B, term.scaling, base=bias)
+    B = term.B.to(dtype).t()
+    if term.bias is not None:
+        return torch.addmm(term.bias.to(dtype), columns, B, alpha=term.scaling)
+    return _scaled_product(columns, B, term.scaling, columns.new_empty((rows, B.shape[1])))
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out: torch.Tensor) -> torch.Tensor:
@@ -148,6 +172,38 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scalin
         return product if scaling == 1.0 else product.mul_(scaling)
     out = left.new_empty((left.shape[0], right.shape[1]))
     return _scaled_product(left, right, scaling, out).to(dtype)
+
+
+def _through_B(
+    grad: torch.Tensor, columns: torch.Tensor | None, term: Term, thin: torch.Tensor | None, *, kernels: bool
+) -> torch.Tensor | None:
+    """Fill ``thin = scaling * grad @ B``, and return ``scaling * grad.T @ columns`` where there are columns."""
+    B = term.B
+    assert B is not None
+    if kernels:
+        grad_B = None if columns is None else torch.empty(B.shape, dtype=B.dtype, device=B.device)
+        if thin is not None or grad_B is not None:
+            low_rank.gradients(grad, B, columns, term.scaling, thin=thin, gradient=grad_B)
+        return grad_B
+    if thin is not None:
+        _scaled_product(grad, B.to(grad.dtype), term.scaling, thin)
+    return None if columns is None else _product(grad.t(), columns, B.dtype, term.scaling)
+
+
+def _through_A(
+    thin: torch.Tensor, u: torch.Tensor, terms: Sequence[Term], *, kernels: bool
+) -> list[torch.Tensor | None]:
+    """``thin.T @ u`` of each term, in the dtype of its A."""
+    dtypes = {term.A.dtype for term in terms if term.A is not None}
+    wide = torch.promote_types(torch.float32, u.dtype)
+    if kernels:
+        joint = dtypes.pop() if len(dtypes) == 1 else wide
+        product = torch.empty((thin.shape[1], u.shape[1]), dtype=joint, device=u.device)
+        low_rank.gradients(u, None, thin, gradient=product.t())
+    else:
+        product = _product(thin.t(), u, wide)
+    pieces = zip(terms, _pieces(terms))
+    return [None if term.A is None else product[piece].to(term.A.dtype) for term, piece in pieces]
 
 
 def project_backward(
@@ -174,33 +230,34 @@ def project_backward(
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
     """
-    dtype = next(grad.dtype for grad in grads if grad is not None)
-    rows = next(grad.shape[0] for grad in grads if grad is not None)
-    A = joined_A(terms, dtype)
-    through_A = A is not None and (need_x or need_u or any(need[1] for need in needs))
+    first = next(grad for grad in grads if grad is not None)
+    dtype, rows = first.dtype, first.shape[0]
+    kernels = _by_kernels(first, terms) and all(grad is None or grad.stride(1) == 1 for grad in grads)
+    kernels = kernels and (u is None or u.stride(1) == 1)
+    A = joined_A(terms, None if kernels else dtype)
+    need_A = any(need[1] for need in needs)
     thin: torch.Tensor | None = None
-    if through_A and A is not None:
-        thin = A.new_zeros((rows, A.shape[0])) if len(terms) > 1 else A.new_empty((rows, A.shape[0]))
+    if A is not None and (need_x or need_u or need_A):
+        unused = any(grad is None for grad in grads)
+        thin = (first.new_zeros if unused else first.new_empty)((rows, A.shape[0]))
     result: list[TermGradients] = []
-    pieces = _pieces(terms)
-    for grad, term, piece, (need_bias, _, need_B) in zip(grads, terms, pieces, needs):
+    for grad, term, piece, (need_bias, _, need_B) in zip(grads, terms, _pieces(terms), needs):
         grad_bias = grad_B = None
         if grad is not None:
-            if thin is not None and term.B is not None:
-                _scaled_product(grad, term.B.to(dtype), term.scaling, thin[:, piece])
+            if term.B is not None:
+                columns = skinny[:, piece] if need_B and skinny is not None else None
+                grad_B = _through_B(grad, columns, term, None if thin is None else thin[:, piece], kernels=kernels)
             if need_bias and term.bias is not None:
                 grad_bias = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(term.bias.dtype)
-            if need_B and term.B is not None and skinny is not None:
-                grad_B = _product(grad.t(), skinny[:, piece], term.B.dtype, term.scaling)
         result.append(TermGradients(grad_bias, None, grad_B))
-    if thin is not None and u is not None and any(need[1] for need in needs):
-        wide = _product(thin.t(), u, torch.float32 if dtype != torch.float64 else dtype)
-        for i, (term, piece, need) in enumerate(zip(terms, pieces, needs)):
-            if need[1] and term.A is not None:
-                result[i] = result[i]._replace(A=wide[piece].to(term.A.dtype))
-    through = None if thin is None or A is None else (thin, A)
-    grad_x = torch.mm(*through) if through is not None and need_x and not need_u else None
-    grad_u = torch.mm(*through) if through is not None and need_u else None
+    if thin is not None and u is not None and need_A:
+        for i, (grad_A, need) in enumerate(zip(_through_A(thin, u, terms, kernels=kernels), needs)):
+            if need[1]:
+                result[i] = result[i]._replace(A=grad_A)
+    through = None
+    if thin is not None and A is not None and (need_x or need_u):
+        through = low_rank.widen(thin, A.t()) if kernels else torch.mm(thin, A)
+    grad_x, grad_u = (None, through) if need_u else (through, None)
     if need_x:
         for grad, term in zip(grads, terms):
             if grad is not None:
