@@ -16,6 +16,7 @@ MODULES = (
     "rms_norm",
     "layer_norm",
     "rotary",
+    "qk_norm_rotary",
     "glu",
     "cross_entropy",
     "linear_cross_entropy",
