@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from workload import DTYPE, Contender, Inputs, Model, Workload, randn
+
+EPS = 1e-6
 
 
 def rotary(model: Model, tokens: int) -> Workload:
@@ -45,6 +48,41 @@ def rotary(model: Model, tokens: int) -> Workload:
         {"ours": lambda: views(ours), "eager": lambda: views(reference), "liger": liger, "unsloth": unsloth},
         moved,
         moved,
+    )
+
+
+def qk_norm_rotary(model: Model, tokens: int) -> Workload:
+    """The same after a norm of every head, with frozen weights."""
+    from pantheraml.kernels import qk_norm_rotary as ours
+    from pantheraml.kernels.reference.rotary import qk_norm_rotary as reference
+
+    base = rotary(model, tokens)
+
+    def views(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda q, k, **t: f(q.transpose(1, 2), k.transpose(1, 2), **t)
+
+    def unsloth() -> Callable[..., Any]:
+        from unsloth.kernels.qk_norm_rope import fast_qk_norm_rope
+
+        def call(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any) -> Any:
+            norms = [SimpleNamespace(weight=weight, variance_epsilon=EPS, eps=EPS) for weight in (q_weight, k_weight)]
+            return fast_qk_norm_rope(*norms, q, k, cos[0], sin[0])
+
+        return views(call)
+
+    def make(device: torch.device) -> Inputs:
+        weights = {name: randn(model.head_dim, device=device) for name in ("q_weight", "k_weight")}
+        return base.make(device) | weights
+
+    heads = tokens * (model.heads + model.kv_heads) * model.head_dim * DTYPE.itemsize
+    angles = 2 * tokens * model.head_dim * DTYPE.itemsize
+    return Workload(
+        base.shape,
+        make,
+        ("q", "k"),
+        {"ours": lambda: views(ours), "eager": lambda: views(reference), "unsloth": unsloth},
+        2 * heads + angles,
+        3 * heads + angles,
     )
 
 
@@ -157,6 +195,7 @@ def packed_swiglu(model: Model, tokens: int) -> Workload:
 
 OPS = {
     "rotary": rotary,
+    "qk_norm_rotary": qk_norm_rotary,
     "swiglu": swiglu,
     "geglu_tanh": geglu_tanh,
     "geglu_exact": geglu_exact,

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .lora import lora_qkv as lora_qkv
     from .nf4 import nf4_dequantize as nf4_dequantize
     from .nf4 import nf4_matvec as nf4_matvec
+    from .qk_norm_rotary import qk_norm_rotary as qk_norm_rotary
     from .rms_norm import rms_norm as rms_norm
     from .rms_norm import rms_norm_fp8 as rms_norm_fp8
     from .rotary import rotary as rotary
@@ -61,6 +62,7 @@ _EXPORTS = {
     "rms_norm_fp8": "rms_norm",
     "layer_norm": "layer_norm",
     "rotary": "rotary",
+    "qk_norm_rotary": "qk_norm_rotary",
     "glu": "glu",
     "packed_glu": "glu",
     "glu_fp8": "glu",

@@ -1,8 +1,11 @@
 """LayerNorm over the last dimension: ``y = (x - mean) / sqrt(var + eps) * weight + bias``, forward and backward.
 
-Ba et al., "Layer Normalization", https://arxiv.org/abs/1607.06450. Everything is accumulated in float32; the variance
-is that of the centred values. The gradients of weight and bias are sums of partial sums in a fixed order, without
-atomics: the same bits in every run on the same chip.
+Ba et al., "Layer Normalization", https://arxiv.org/abs/1607.06450. Everything is accumulated in float32. The mean is
+taken twice, the second time of what the first left, so that its rounding does not stay in the result where it is large
+beside the deviation; the variance is that of the centred values. Means are divided with correct rounding: the fast
+division of GPUs is off by up to two units in the last place, which the difference to the mean would show. The gradients
+of weight and bias are sums of partial sums in a fixed order, without atomics: the same bits in every run on the same
+chip.
 """
 
 from __future__ import annotations
@@ -26,6 +29,12 @@ from .utils import (
     require_same_device,
     require_shape,
 )
+
+
+@jit
+def _row_mean(x, width):
+    """Mean of each row of a tile whose padding is zero, rounded correctly after the sum."""
+    return tl.div_rn(tl.sum(x, axis=1), width * 1.0)
 
 
 @jit(do_not_specialize=["count"])
@@ -53,10 +62,12 @@ def _layer_norm_forward_kernel(
     mask = m_row[:, None] & m_col[None, :]
     o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
     b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
-    m = tl.sum(b_x, axis=1) / width
+    m = _row_mean(b_x, width)
     centred = tl.where(mask, b_x - m[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
-    tl.store(mean + i_row, m, mask=m_row)
+    rest = _row_mean(centred, width)
+    centred = tl.where(mask, centred - rest[:, None], 0.0)
+    r = tl.rsqrt(_row_mean(centred * centred, width) + eps)
+    tl.store(mean + i_row, m + rest, mask=m_row)
     tl.store(rstd + i_row, r, mask=m_row)
     out = centred * r[:, None]
     if weight is not None:
@@ -115,8 +126,8 @@ def _layer_norm_backward_kernel(
             b_db += g
         if weight is not None:
             g = g * w[None, :]
-        mean_g = tl.sum(g, axis=1) / width
-        mean_gx = tl.sum(g * x_hat, axis=1) / width
+        mean_g = _row_mean(g, width)
+        mean_gx = _row_mean(g * x_hat, width)
         out = (g - mean_g[:, None] - x_hat * mean_gx[:, None]) * r[:, None]
         tl.store(dx + o_y, out.to(dx.dtype.element_ty), mask=mask)
     if dweight is not None:

@@ -24,12 +24,15 @@ from torch.nn import functional
 
 from .. import env
 from ..errors import ConfigError, UnsupportedError
-from . import dispatch
+from . import dispatch, low_rank
 from .fp8 import Fp8Matrix
 from .fp8_linear import Fp8Base, Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from .nf4 import nf4_dequantize
 from .reference import lora as reference
 from .reference.nf4 import Quantized4Bit
+
+# Fewer rows are left to torch's products, which take less of the host's time.
+KERNEL_ROWS = 512
 
 Weight = torch.Tensor | Quantized4Bit | Fp8Base | Callable[[], torch.Tensor]
 
@@ -124,9 +127,9 @@ class Needs(NamedTuple):
     weight: bool = False
 
 
-def joined_A(terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor | None:
-    """All A of the terms below one another, [sum of ranks, I]."""
-    factors = [term.A.to(dtype) for term in terms if term.A is not None]
+def joined_A(terms: Sequence[Term], dtype: torch.dtype | None) -> torch.Tensor | None:
+    """All A of the terms below one another, [sum of ranks, I], in ``dtype`` (None: as they are)."""
+    factors = [term.A if dtype is None else term.A.to(dtype) for term in terms if term.A is not None]
     if not factors:
         return None
     return factors[0] if len(factors) == 1 else torch.cat(factors)
@@ -139,6 +142,15 @@ def _pieces(terms: Sequence[Term]) -> list[slice]:
         pieces.append(slice(start, start + term.rank))
         start += term.rank
     return pieces
+
+
+def by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
+    """Whether Triton's kernels make the thin products beside this wide factor [T, W], or torch does."""
+    backend = terms[0].backend
+    rank = sum(term.rank for term in terms)
+    if not low_rank.serves(wide, rank) or (backend == "auto" and wide.shape[0] < KERNEL_ROWS):
+        return False
+    return dispatch.resolve("lora_linear", wide, backend) == "triton"
 
 
 def project(
@@ -163,38 +175,55 @@ def project(
         rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
     """
     dtype = x.dtype
-    A = joined_A(terms, dtype) if A is None else A
-    skinny = None if A is None else torch.mm(u, A.t())
+    kernels = by_kernels(u, terms)
+    A = joined_A(terms, None if kernels else dtype) if A is None else A
+    skinny = None
+    if A is not None:
+        skinny = low_rank.narrow(u, A) if kernels else torch.mm(u, A.t())
     outputs = []
     shared = Fp8Input(x, rows)
     for term, piece in zip(terms, _pieces(terms)):
-        bias = None if term.bias is None else term.bias.to(dtype)
+        added = None if term.bias is None else term.bias.to(dtype)
+        if residual is not None:
+            added = residual if added is None else residual + added
+        columns = None if term.B is None or skinny is None else skinny[:, piece]
         if term.fp8 is not None:
             # A product of fp8 factors takes no summand but a bias, so what is added comes after.
-            y = fp8_product(shared, term.fp8, bias=bias, backend=term.backend)
-            if residual is not None or out is not None:
-                y = torch.add(y, 0 if residual is None else residual, out=out)
-            if term.B is not None and skinny is not None:
-                y.addmm_(skinny[:, piece], term.B.to(dtype).t(), alpha=term.scaling)
+            y = fp8_product(shared, term.fp8, backend=term.backend)
+            if columns is not None:
+                if added is not None:
+                    y += added
+                added = y
+            elif added is not None or out is not None:
+                y = torch.add(y, 0 if added is None else added, out=out)
+            outputs.append(y if columns is None else _update(columns, term, added, out, kernels=kernels))
+        elif columns is not None:
+            y = _update(columns, term, added, out, kernels=kernels)
+            outputs.append(y.addmm_(x, term.dense(dtype).t()))
+        elif added is None or added.dim() == 1:
+            y = functional.linear(x, term.dense(dtype), added) if out is None else None
+            if y is None:
+                y = torch.mm(x, term.dense(dtype).t(), out=out)
+                y = y if added is None else y.add_(added)
             outputs.append(y)
-            continue
-        if term.B is None or skinny is None:
-            if residual is None and out is None:
-                outputs.append(functional.linear(x, term.dense(dtype), bias))
-                continue
-            added = bias if residual is None else residual if bias is None else residual + bias
-            weight = term.dense(dtype).t()
-            outputs.append(torch.mm(x, weight, out=out) if added is None else torch.addmm(added, x, weight, out=out))
-            continue
-        columns, B = skinny[:, piece], term.B.to(dtype).t()
-        added = bias if residual is None else residual if bias is None else residual + bias
-        if added is None:
-            y = x.new_empty((x.shape[0], B.shape[1])) if out is None else out
-            _scaled_product(columns, B, term.scaling, y)
         else:
-            y = torch.addmm(added, columns, B, alpha=term.scaling, out=out)
-        outputs.append(y.addmm_(x, term.dense(dtype).t()))
+            outputs.append(torch.addmm(added, x, term.dense(dtype).t(), out=out))
     return outputs, skinny
+
+
+def _update(
+    columns: torch.Tensor, term: Term, added: torch.Tensor | None, out: torch.Tensor | None, *, kernels: bool
+) -> torch.Tensor:
+    """``scaling * columns @ B.T + added``, to which a dense base's product is added."""
+    assert term.B is not None
+    rows, dtype = columns.shape[0], columns.dtype
+    if kernels:
+        base = added if added is None or added.dim() == 2 else added.expand(rows, -1)
+        return low_rank.widen(columns, term.B, term.scaling, base=base, out=out)
+    B = term.B.to(dtype).t()
+    if added is not None:
+        return torch.addmm(added, columns, B, alpha=term.scaling, out=out)
+    return _scaled_product(columns, B, term.scaling, columns.new_empty((rows, B.shape[1])) if out is None else out)
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out: torch.Tensor) -> torch.Tensor:
@@ -209,6 +238,39 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scalin
         return product if scaling == 1.0 else product.mul_(scaling)
     out = left.new_empty((left.shape[0], right.shape[1]))
     return _scaled_product(left, right, scaling, out).to(dtype)
+
+
+def _through_B(
+    grad: torch.Tensor, columns: torch.Tensor | None, term: Term, thin: torch.Tensor | None, *, kernels: bool
+) -> torch.Tensor | None:
+    """Fill ``thin = scaling * grad @ B``, and return ``scaling * grad.T @ columns`` where there are columns."""
+    B = term.B
+    assert B is not None
+    dtype = term.grad_dtype or B.dtype
+    if kernels:
+        grad_B = None if columns is None else torch.empty(B.shape, dtype=dtype, device=B.device)
+        if thin is not None or grad_B is not None:
+            low_rank.gradients(grad, B, columns, term.scaling, thin=thin, gradient=grad_B)
+        return grad_B
+    if thin is not None:
+        _scaled_product(grad, B.to(grad.dtype), term.scaling, thin)
+    return None if columns is None else _product(grad.t(), columns, dtype, term.scaling)
+
+
+def _through_A(
+    thin: torch.Tensor, u: torch.Tensor, terms: Sequence[Term], *, kernels: bool
+) -> list[torch.Tensor | None]:
+    """``thin.T @ u`` of each term, in the dtype of its A."""
+    dtypes = [None if term.A is None else term.grad_dtype or term.A.dtype for term in terms]
+    distinct = {dtype for dtype in dtypes if dtype is not None}
+    wide = torch.promote_types(torch.float32, u.dtype)
+    if kernels:
+        joint = distinct.pop() if len(distinct) == 1 else wide
+        product = torch.empty((thin.shape[1], u.shape[1]), dtype=joint, device=u.device)
+        low_rank.gradients(u, None, thin, gradient=product.t())
+    else:
+        product = _product(thin.t(), u, wide)
+    return [None if dtype is None else product[piece].to(dtype) for dtype, piece in zip(dtypes, _pieces(terms))]
 
 
 def project_backward(
@@ -238,31 +300,32 @@ def project_backward(
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
     """
-    dtype = next(grad.dtype for grad in grads if grad is not None)
-    rows = next(grad.shape[0] for grad in grads if grad is not None)
-    A = joined_A(terms, dtype) if A is None else A
-    through_A = A is not None and (need_x or need_u or any(need.A for need in needs))
+    first = next(grad for grad in grads if grad is not None)
+    dtype, rows = first.dtype, first.shape[0]
+    kernels = by_kernels(first, terms) and all(grad is None or grad.stride(1) == 1 for grad in grads)
+    kernels = kernels and (not isinstance(u, torch.Tensor) or u.stride(1) == 1)
+    A = joined_A(terms, None if kernels else dtype) if A is None else A
+    need_A = any(need.A for need in needs)
     thin: torch.Tensor | None = None
-    if through_A and A is not None:
+    if A is not None and (need_x or need_u or need_A):
         unused = any(grad is None for grad in grads)
-        thin = A.new_zeros((rows, A.shape[0])) if unused else A.new_empty((rows, A.shape[0]))
+        thin = (first.new_zeros if unused else first.new_empty)((rows, A.shape[0]))
     result: list[TermGradients] = []
-    pieces = _pieces(terms)
-    for grad, term, piece, need in zip(grads, terms, pieces, needs):
+    for grad, term, piece, need in zip(grads, terms, _pieces(terms), needs):
         grad_bias = grad_B = None
         if grad is not None:
-            if thin is not None and term.B is not None:
-                _scaled_product(grad, term.B.to(dtype), term.scaling, thin[:, piece])
+            if term.B is not None:
+                columns = skinny[:, piece] if need.B and skinny is not None else None
+                grad_B = _through_B(grad, columns, term, None if thin is None else thin[:, piece], kernels=kernels)
             if need.bias and term.bias is not None:
                 grad_bias = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(term.bias.dtype)
-            if need.B and term.B is not None and skinny is not None:
-                grad_B = _product(grad.t(), skinny[:, piece], term.grad_dtype or term.B.dtype, term.scaling)
         result.append(TermGradients(grad_bias, None, grad_B))
-    through = None if thin is None or A is None else (thin, A)
     grad_x = _fp8_gradient(grads, terms) if need_x else None
-    if through is not None and need_x and not need_u:
-        grad_x = torch.mm(*through) if grad_x is None else grad_x.addmm_(*through)
-    grad_u = torch.mm(*through) if through is not None and need_u else None
+    grad_u = None
+    if thin is not None and A is not None and (need_x or need_u):
+        base = None if need_u else grad_x
+        through = _widen(thin, A, base, kernels=kernels)
+        grad_x, grad_u = (grad_x, through) if need_u else (through, None)
     if need_x:
         for grad, term in zip(grads, terms):
             if grad is not None and term.fp8 is None:
@@ -275,12 +338,18 @@ def project_backward(
     for i, (grad, term, need) in enumerate(zip(grads, terms, needs)):
         if need.weight and grad is not None and term.weight is not None:
             result[i] = result[i]._replace(weight=_product(grad.t(), u, term.weight.dtype))
-    if thin is not None and any(need.A for need in needs):
-        wide = _product(thin.t(), u, torch.float32 if dtype != torch.float64 else dtype)
-        for i, (term, piece, need) in enumerate(zip(terms, pieces, needs)):
-            if need.A and term.A is not None:
-                result[i] = result[i]._replace(A=wide[piece].to(term.grad_dtype or term.A.dtype))
+    if thin is not None and need_A:
+        for i, (grad_A, need) in enumerate(zip(_through_A(thin, u, terms, kernels=kernels), needs)):
+            if need.A:
+                result[i] = result[i]._replace(A=grad_A)
     return grad_x, grad_u, result
+
+
+def _widen(thin: torch.Tensor, A: torch.Tensor, base: torch.Tensor | None, *, kernels: bool) -> torch.Tensor:
+    """``thin @ A [+ base]``, over the base's memory."""
+    if kernels:
+        return low_rank.widen(thin, A.t(), base=base, out=base)
+    return torch.mm(thin, A) if base is None else base.addmm_(thin, A)
 
 
 def _fp8_gradient(grads: Sequence[torch.Tensor | None], terms: Sequence[Term]) -> torch.Tensor | None:

@@ -27,6 +27,56 @@ ELEMENTS_PER_WARP = 512
 
 
 @jit
+def load_angles(
+    cos,
+    sin,
+    position_ids,
+    i_batch,
+    i_token,
+    half,
+    cos_axis,
+    cos_batch,
+    cos_row,
+    position_axis,
+    position_batch,
+    position_token,
+    section_1,
+    section_2,
+    INTERLEAVED: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Cos and sin of one token, of the first and the second of each pair, float32; of the turn back if BACKWARD."""
+    o_half = tl.arange(0, HALF)
+    m_half = o_half < half
+    if SECTIONS:
+        i_axis = tl.where(o_half < section_1, 0, tl.where(o_half < section_2, 1, 2)).to(tl.int64)
+    else:
+        i_axis = tl.zeros((HALF,), tl.int64)
+    if position_ids is not None:
+        o_position = i_axis * position_axis + i_batch * position_batch + i_token * position_token
+        o_cos = tl.load(position_ids + o_position, mask=m_half, other=0).to(tl.int64) * cos_row
+    else:
+        o_cos = i_axis * cos_axis + i_batch * cos_batch + i_token * cos_row
+    if INTERLEAVED:
+        o_first = o_cos + 2 * o_half
+        o_second = o_first + 1
+    else:
+        o_first = o_cos + o_half
+        o_second = o_first + half
+    c_1 = tl.load(cos + o_first, mask=m_half, other=0.0).to(tl.float32)
+    c_2 = tl.load(cos + o_second, mask=m_half, other=0.0).to(tl.float32)
+    s_1 = tl.load(sin + o_first, mask=m_half, other=0.0).to(tl.float32)
+    s_2 = tl.load(sin + o_second, mask=m_half, other=0.0).to(tl.float32)
+    if BACKWARD:
+        transposed = s_1
+        s_1 = -s_2
+        s_2 = -transposed
+    return c_1, c_2, s_1, s_2
+
+
+@jit
 def _rotate_heads(
     x,
     y,
@@ -128,32 +178,26 @@ def _rotary_kernel(
     i_batch = (i_row // tokens).to(tl.int64)
     i_token = (i_row % tokens).to(tl.int64)
 
-    o_half = tl.arange(0, HALF)
-    m_half = o_half < half
-    if SECTIONS:
-        i_axis = tl.where(o_half < section_1, 0, tl.where(o_half < section_2, 1, 2)).to(tl.int64)
-    else:
-        i_axis = tl.zeros((HALF,), tl.int64)
-    if position_ids is not None:
-        o_position = i_axis * position_axis + i_batch * position_batch + i_token * position_token
-        o_cos = tl.load(position_ids + o_position, mask=m_half, other=0).to(tl.int64) * cos_row
-    else:
-        o_cos = i_axis * cos_axis + i_batch * cos_batch + i_token * cos_row
-    if INTERLEAVED:
-        o_first = o_cos + 2 * o_half
-        o_second = o_first + 1
-    else:
-        o_first = o_cos + o_half
-        o_second = o_first + half
-    c_1 = tl.load(cos + o_first, mask=m_half, other=0.0).to(tl.float32)
-    c_2 = tl.load(cos + o_second, mask=m_half, other=0.0).to(tl.float32)
-    s_1 = tl.load(sin + o_first, mask=m_half, other=0.0).to(tl.float32)
-    s_2 = tl.load(sin + o_second, mask=m_half, other=0.0).to(tl.float32)
-    if BACKWARD:
-        transposed = s_1
-        s_1 = -s_2
-        s_2 = -transposed
-
+    c_1, c_2, s_1, s_2 = load_angles(
+        cos,
+        sin,
+        position_ids,
+        i_batch,
+        i_token,
+        half,
+        cos_axis,
+        cos_batch,
+        cos_row,
+        position_axis,
+        position_batch,
+        position_token,
+        section_1,
+        section_2,
+        INTERLEAVED,
+        SECTIONS,
+        BACKWARD,
+        HALF,
+    )
     if i_block < q_blocks:
         _rotate_heads(
             q + i_batch * q_batch + i_token * q_token,

@@ -85,10 +85,15 @@ def _processors(kind: str, index: int) -> int:
     return 2  # the interpreter runs programs one after another; two still exercise the summation of partial results
 
 
+def processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU."""
+    return _processors(tensor.device.type, tensor.device.index or 0)
+
+
 def persistent_programs(tensor: torch.Tensor, num_warps: int) -> int:
     """Programs that fill the tensor's GPU once; fixed by the chip, so sums over them are the same in every run."""
-    processors = _processors(tensor.device.type, tensor.device.index or 0)
-    return processors * max(RESIDENT_WARPS // num_warps, 1) if tensor.device.type != "cpu" else processors
+    count = processors(tensor)
+    return count * max(RESIDENT_WARPS // num_warps, 1) if tensor.device.type != "cpu" else count
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ class ActivationPlan:
         hidden = args[0] if args else function.keywords.get("hidden_states")
         if not isinstance(hidden, torch.Tensor) or id(owner) not in self._index:
             return self._recompute(Keep.INPUT, function, *args)
-        if not function.args and is_node(owner):
+        if not function.args and isinstance(owner, nn.Module) and is_node(owner):
             # A call of the whole layer: its forward asks for the level itself.
             return function(*args)
         level = self._level(owner, hidden)

@@ -70,7 +70,9 @@ def test_joined_and_packed_rows_train_the_step_of_padded_ones(family, tmp_path, 
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             allowed = 200 * torch.finfo(torch.float32).eps * float(expected[name].abs().max())
-            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=allowed, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=0, atol=allowed, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_it_is_told_and_reported(tmp_path, tiny_tokenizer, capsys):

@@ -43,13 +43,21 @@ def targets(variant: _variants.Variant, everything: bool) -> list[tuple[str, GPU
 
 
 def source_of(variant: _variants.Variant) -> ASTSource:
-    """The variant as Triton's compiler takes it, with pointers and strides aligned as they are at run time."""
+    """The variant as Triton's compiler takes it, pointers and sizes being multiples of 16, as of real models.
+
+    That is the form with wide loads and asynchronous copies, which takes the most shared memory.
+    """
     names = variant.kernel.arg_names
     given = {**variant.arguments, **dict.fromkeys(variant.constants, "constexpr")}
     if set(given) != set(names):
         raise ValueError(f"{variant.name}: arguments differ from the kernel's: {sorted(set(given) ^ set(names))}")
     signature = {name: given[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    plain = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in plain and (signature[name].startswith("*") or signature[name] in ("i32", "i64"))
+    }
     return ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
 
 

@@ -47,6 +47,7 @@ def interpret_kernels() -> None:
                 vars(module)[name] = interpreted.setdefault(value.fn, InterpretedFunction(value.fn))
     assert _triton.interpreted()
     _round_to_nearest()
+    _multiply_bfloat16()
 
 
 def _round_to_nearest() -> None:
@@ -73,6 +74,24 @@ def _round_to_nearest() -> None:
 
     for name in ("create_fp_trunc", "create_fp_to_fp"):
         setattr(InterpreterBuilder, name, rounding(getattr(InterpreterBuilder, name)))
+
+
+def _multiply_bfloat16() -> None:
+    """Make the interpreter's matrix product read bfloat16 as numbers; it multiplies their bits by itself."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def wrapper(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = wrapper
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 from pantheraml.kernels import _variants
 
 SCRIPT = Path(__file__).with_name("compile_variants.py")
-GROUPS = {"memory-bound": _variants.MODULES[:4], "matrix": _variants.MODULES[4:]}
+GROUPS = {"memory-bound": _variants.MODULES[:5], "matrix": _variants.MODULES[5:]}
 
 
 @pytest.mark.slow

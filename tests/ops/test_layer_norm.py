@@ -64,6 +64,24 @@ def test_strided_inputs(view, device):
     assert_matches(ours, expected, {"x": random(24, 24)}, dtype=torch.bfloat16, device=device, grad=("x",))
 
 
+@pytest.mark.parametrize("width", [1, 97, 1000])
+def test_a_mean_far_above_the_deviation_does_not_cost_digits(width, device):
+    """The rounding of a mean near 1000 is 3e-5 in float32, sixty times what is allowed here."""
+    x = (random(7, width) + 1000.0).float()
+    expected = reference(x.double())
+    ours = layer_norm(x.to(device), backend="triton").cpu().double()
+    assert (ours - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * max(expected.abs().max(), 1.0)
+
+
+@pytest.mark.parametrize("x", [0.3, -1.7, 12.34567, 1e4])
+def test_a_single_column_has_no_deviation(x, device):
+    leaf = torch.full((3, 1), x, device=device, requires_grad=True)
+    y = layer_norm(leaf, backend="triton")
+    y.backward(torch.full_like(y, 0.7))
+    assert not y.any()
+    assert not leaf.grad.any()
+
+
 def test_empty(device):
     leaves = {name: t.float().to(device).requires_grad_() for name, t in inputs_of(0, 16).items()}
     kernel(**leaves).sum().backward()

@@ -12,6 +12,7 @@ from torch import nn
 
 from pantheraml import log
 from pantheraml.models.adapt import adapt, restore
+from pantheraml.models.layers import decoder
 from pantheraml.models.layers.lazy import LazyLogits
 from pantheraml.models.layers.slots import is_installed, swap_of
 from pantheraml.models.loss import token_statistics
@@ -400,8 +401,10 @@ def test_fused_head_with_adapters_agrees_with_the_models_own_logits(kind, batch)
             torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_fused_head_in_float32(batch):
+def test_fused_head_in_float32(batch, monkeypatch):
     """GRPO casts the head to float32 and gives it a forward of its own."""
+    # Layers as nodes round less often than stock in half precision; this is about the head.
+    monkeypatch.setattr(decoder, "_prepare", lambda *args: None)
     utils = pytest.importorskip("trl.trainer.utils")
     from pantheraml.models.fused_head import install_fused_head
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from peft import LoraConfig, get_peft_model
-from test_fused_layers import FAMILIES, IDS, TARGETS, assert_near_truth, step
+from test_fused_layers import FAMILIES, IDS, TARGETS, assert_near_truth, step, truth_of
 
 from pantheraml.models.activations import set_activation_plan
 from pantheraml.models.adapt import adapt
@@ -25,7 +25,7 @@ WHOLE = {
     "olmo2": {},
     "cohere": {},
     "granite": {"residual_multiplier": 0.6},
-    "phi3": {},
+    "glm": FAMILIES["glm"],
     "qwen2": {},
 }
 LEVELS = [None, Keep.RESIDUAL, Keep.ATTENTION, Keep.INPUT]
@@ -61,7 +61,7 @@ def adapted(model, level=None):
 def test_every_level_has_the_gradients_of_stock(family, trained, calls, monkeypatch):
     model = make_tiny(family, **WHOLE[family])
     model = (with_lora(model) if trained == "lora" else model).train()
-    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
     # Smaller than the 40 rows of the batch, so that the MLP runs in pieces where its inner part is not kept.
     monkeypatch.setattr(block, "MLP_ROWS", 16)
     for level in LEVELS:
@@ -73,7 +73,7 @@ def test_every_level_has_the_gradients_of_stock(family, trained, calls, monkeypa
         assert len(calls) == layers, level
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "glm"])
 def test_the_kernels_launchers_are_called_rightly(family, monkeypatch):
     from pantheraml.kernels import _triton
 
@@ -81,7 +81,7 @@ def test_the_kernels_launchers_are_called_rightly(family, monkeypatch):
         pytest.skip("runs in Triton's interpreter, see tests/ops")
     monkeypatch.setattr(pieces, "resolve", lambda *args: "triton")
     model = with_lora(make_tiny(family, **WHOLE[family])).train()
-    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
     for level in (None, Keep.INPUT):
         assert_near_truth(step(adapted(model, level)[0]), stock, truth)
 
@@ -104,7 +104,7 @@ def test_half_trained_layers(calls):
     """Adapters on some projections, a trained norm, a bias, and a first layer whose input needs no gradient."""
     model = with_lora(make_tiny("qwen2"), target_modules=["q_proj", "down_proj"], bias="all").train()
     model.base_model.model.model.layers[1].input_layernorm.weight.requires_grad_(True)
-    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
     assert_near_truth(step(adapted(model)[0]), stock, truth)
     assert len(calls) == 2
 
@@ -122,9 +122,8 @@ def test_adapters_keep_their_meaning(calls):
     ):
         change(model)
         change(ours)
-        truth = step(copy.deepcopy(model).double()) if any(p.requires_grad for p in model.parameters()) else None
-        if truth is not None:
-            assert_near_truth(step(ours), step(model), truth)
+        if any(p.requires_grad for p in model.parameters()):
+            assert_near_truth(step(ours), step(model), truth_of(model))
 
 
 @pytest.mark.parametrize(

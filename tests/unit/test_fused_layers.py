@@ -44,14 +44,26 @@ def step(model):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def truth_of(model):
+    """The step in float64; in the model's own dtype where it has kernels for no other."""
+    try:
+        return step(copy.deepcopy(model).double())
+    except RuntimeError as error:
+        assert "Double" in str(error)
+        return step(copy.deepcopy(model))
+
+
+# A hundred roundings of float32, for what passes through two layers.
+FLOOR = 100 * 2.0**-23
+
+
 def assert_near_truth(got, stock, truth):
-    """The error against float64 is at most three times stock's, or a few roundings where stock has none."""
+    """The error against float64 is at most three times stock's, or that of some roundings where stock has none."""
     assert abs(got[0] - truth[0]) <= 3 * abs(stock[0] - truth[0]) + 4 * 2.0**-23 * truth[0]
     assert got[1].keys() == truth[1].keys()
     for name, exact in truth[1].items():
-        scale = exact.abs().max().item() + 1e-9
-        error, allowed = ((g[1][name].double() - exact).abs().max().item() / scale for g in (got, stock))
-        assert error <= 3 * allowed + 4e-6, (name, error, allowed)
+        error, allowed = ((g[1][name] - exact).norm() / (exact.norm() + 1e-12) for g in (got, stock))
+        assert error <= 3 * allowed + FLOOR, (name, error, allowed)
 
 
 @pytest.fixture
@@ -63,7 +75,7 @@ def part_by_part(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_equals_stock(family, part_by_part):
     model = make_tiny(family, **FAMILIES[family])
-    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
     report = adapt(model)
     assert sum(entry.role == "attention" for entry in report.swapped) == model.config.num_hidden_layers
     assert_near_truth(step(model), stock, truth)
@@ -116,7 +128,7 @@ def peft_model(family="llama", **config):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
 def test_lora_equals_peft(family, part_by_part):
     model = peft_model(family)
-    stock, truth = step(copy.deepcopy(model)), step(copy.deepcopy(model).double())
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
     report = adapt(model)
     assert sum(entry.role == "lora" for entry in report.swapped) == 7 * model.config.num_hidden_layers
     assert_near_truth(step(model), stock, truth)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .rms_norm import rms_norm
+
 
 def rotate(x: torch.Tensor, layout: str) -> torch.Tensor:
     """The partner of every element, with its sign: ``(-x2, x1)`` for halves or for pairs of the last dimension."""
@@ -51,3 +53,30 @@ def rotary(
         return torch.cat((result, rest), dim=-1) if rest.shape[-1] else result
 
     return apply(q), apply(k)
+
+
+def qk_norm_rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    layout: str = "half",
+    position_ids: torch.Tensor | None = None,
+    sections: Sequence[int] | None = None,
+    head_axis: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rms_norm`` of every head, then ``rotary``; see ``pantheraml.kernels.qk_norm_rotary``."""
+    casting = "float32" if offset else "input"
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = rms_norm(x, weight, eps, offset=offset, casting=casting)
+        assert isinstance(y, torch.Tensor)
+        return y.to(x.dtype)
+
+    options = {"layout": layout, "position_ids": position_ids, "sections": sections, "head_axis": head_axis}
+    return rotary(norm(q, q_weight), norm(k, k_weight), cos, sin, **options)  # type: ignore[arg-type]

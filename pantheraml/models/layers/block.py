@@ -30,7 +30,9 @@ from ...kernels.lora_linear import (
     Static,
     Term,
     TermGradients,
+    by_kernels,
     flatten,
+    joined_A,
     needs_of,
     project,
     project_backward,
@@ -210,11 +212,9 @@ def _working(
 class _Layer:
     """The arithmetic of one layer; all tensors are matrices [rows, features] unless said."""
 
-    def __init__(
-        self, spec: Spec, shape: torch.Size, dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]
-    ) -> None:
+    def __init__(self, spec: Spec, h: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> None:
         self.spec = spec
-        self.batch, self.length = shape[0], shape[1]
+        self.batch, self.length = h.shape[:2]
         counts = [len(norm.parameters()) for norm in spec.all_norms()]
         self.norm_parameters: dict[int, Sequence[Any]] = {}
         start = 0
@@ -222,9 +222,15 @@ class _Layer:
             self.norm_parameters[id(norm)] = tensors[start : start + count]
             start += count
         terms = terms_of(spec.statics, tensors[start:])
-        (self.qkv, self.o, self.lift, self.down), self.joined = _working(
-            (terms[:3], terms[3:4], terms[4:-1], terms[-1:]), dtype
-        )
+        groups = terms[:3], terms[3:4], terms[4:-1], terms[-1:]
+        if all(
+            by_kernels(h.reshape(-1, h.shape[-1]), group) or not any(term.rank for term in group) for group in groups
+        ):
+            # The kernels round the adapters as they read them.
+            self.joined = [joined_A(group, None) for group in groups]
+        else:
+            groups, self.joined = _working(groups, h.dtype)
+        self.qkv, self.o, self.lift, self.down = groups
 
     # ------------------------------------------------------------ forward
 
@@ -522,7 +528,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, spec: Spec, *tensors: torch.Tensor | None) -> torch.Tensor:
         with torch.autocast(h.device.type, enabled=False):
-            layer = _Layer(spec, h.shape, h.dtype, tensors)
+            layer = _Layer(spec, h, tensors)
             out, state = layer.forward(h.reshape(-1, h.shape[-1]), spec.keep)
         ctx.fetch = spec.offload(h) if spec.offload is not None and spec.keep == Keep.HOST else None
         ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)

@@ -1,0 +1,132 @@
+"""Products with a thin factor against float64 truth of the plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pantheraml.kernels import low_rank
+from pantheraml.kernels.low_rank import Tile, gradients, narrow, widen
+
+from .support import assert_matches, random
+
+DTYPE = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+# rows, width, rank: one tile and less, several ragged tiles, a rank that pads, one that does not
+SHAPES = pytest.mark.parametrize(
+    ("rows", "width", "rank"), [(1, 16, 1), (37, 97, 5), (70, 300, 16), (33, 256, 48)], ids=str
+)
+SMALL = Tile(32, 32, 4, 2)
+
+
+@DTYPE
+@SHAPES
+@pytest.mark.parametrize("splits", [None, 3])
+def test_narrow(splits, rows, width, rank, dtype, device):
+    inputs = {"x": random(rows, width), "A": random(rank, width, seed=1)}
+    kernel = lambda x, A: narrow(x, A, tile=SMALL, splits=splits)  # noqa: E731
+    assert_matches(kernel, lambda x, A: x @ A.t(), inputs, dtype=dtype, device=device)
+
+
+@DTYPE
+@SHAPES
+@pytest.mark.parametrize("base", [False, True], ids=["plain", "base"])
+def test_widen(base, rows, width, rank, dtype, device):
+    inputs = {"thin": random(rows, rank), "factor": random(width, rank, seed=1)}
+    if base:
+        inputs["base"] = random(rows, width, seed=2)
+
+    def kernel(thin, factor, base=None):
+        return widen(thin, factor, 0.7, base=base, tile=SMALL)
+
+    def expected(thin, factor, base=None):
+        product = thin @ factor.t() * 0.7
+        return product if base is None else base + product
+
+    assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
+
+
+@DTYPE
+@SHAPES
+@pytest.mark.parametrize("wanted", ["thin", "gradient", "both"])
+def test_gradients(wanted, rows, width, rank, dtype, device):
+    inputs = {"dy": random(rows, width), "factor": random(width, rank, seed=1), "skinny": random(rows, rank, seed=2)}
+
+    def kernel(dy, factor, skinny):
+        thin = torch.empty_like(skinny) if wanted != "gradient" else None
+        gradient = torch.empty_like(factor) if wanted != "thin" else None
+        gradients(dy, factor, skinny, 0.7, thin=thin, gradient=gradient, tile=SMALL, parts=2)
+        return thin, gradient
+
+    def expected(dy, factor, skinny):
+        results = (dy @ factor * 0.7, dy.t() @ skinny * 0.7)
+        return {"thin": results[:1], "gradient": results[1:], "both": results}[wanted]
+
+    assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
+
+
+def test_float32_masters_are_rounded_as_they_are_read(device):
+    x, A, s = (t.to(device) for t in (random(9, 40).bfloat16(), random(4, 40, seed=1).float(), random(9, 4).bfloat16()))
+    assert torch.equal(narrow(x, A), narrow(x, A.bfloat16()))
+    assert torch.equal(widen(s, A.t()), widen(s, A.t().bfloat16()))
+    thin = [torch.empty(9, 4, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    gradients(x, A.t(), None, thin=thin[0])
+    gradients(x, A.t().bfloat16(), None, thin=thin[1])
+    assert torch.equal(*thin)
+
+
+def test_writes_into_given_places(device):
+    """A column slice of a wider thin tensor, a transposed float32 gradient, a wider output buffer."""
+    dy, B, s = (t.bfloat16().to(device) for t in (random(40, 50), random(50, 4, seed=1), random(40, 4, seed=2)))
+    thin = torch.zeros(40, 12, dtype=torch.bfloat16, device=device)
+    dA = torch.zeros(4, 50, device=device)
+    gradients(dy, B, s, thin=thin[:, 4:8], gradient=dA.t())
+    torch.testing.assert_close(thin[:, 4:8].float(), dy.float() @ B.float(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(dA, s.float().t() @ dy.float(), rtol=1e-4, atol=1e-4)
+    assert not thin[:, :4].any()
+    assert not thin[:, 8:].any()
+    buffer = torch.ones(40, 64, dtype=torch.bfloat16, device=device)
+    widen(s, B, base=buffer[:, :50], out=buffer[:, :50])
+    torch.testing.assert_close(buffer[:, :50].float(), 1 + s.float() @ B.float().t(), rtol=1e-2, atol=1e-2)
+    assert (buffer[:, 50:] == 1).all()
+
+
+def test_strided_rows(device):
+    x, A = random(20, 80).bfloat16().to(device)[:, 8:72], random(4, 64, seed=1).bfloat16().to(device)
+    torch.testing.assert_close(narrow(x, A), narrow(x.contiguous(), A))
+
+
+def test_which_it_serves():
+    x = torch.zeros(4, 8, dtype=torch.bfloat16)
+    assert low_rank.serves(x, 16)
+    assert not low_rank.serves(x.float(), 16)
+    assert not low_rank.serves(x, low_rank.MAX_RANK + 1)
+    assert not low_rank.serves(x.t(), 16)
+    assert not low_rank.serves(x[:0], 16)
+
+
+def test_is_deterministic(device):
+    dy, s = random(300, 64).bfloat16().to(device), random(300, 8, seed=1).bfloat16().to(device)
+    first, second = (torch.empty(64, 8, device=device) for _ in range(2))
+    gradients(dy, None, s, gradient=first)
+    gradients(dy, None, s, gradient=second)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@DTYPE
+@pytest.mark.parametrize("rank", [8, 16, 48, 128])
+def test_real_shapes(rank, dtype, gpu):
+    rows, width = 2048, 4096
+    x, A = {"x": random(rows, width), "A": random(rank, width, seed=1)}, random(rows, rank, seed=2)
+    assert_matches(narrow, lambda x, A: x @ A.t(), x, dtype=dtype, device=gpu)
+    inputs = {"dy": x["x"], "B": x["A"].t(), "s": A}
+
+    def kernel(dy, B, s):
+        thin, gradient = torch.empty_like(s), torch.empty_like(B)
+        gradients(dy, B, s, 2.0, thin=thin, gradient=gradient)
+        return thin, gradient, widen(s, B, 2.0)
+
+    def expected(dy, B, s):
+        return dy @ B * 2.0, dy.t() @ s * 2.0, s @ B.t() * 2.0
+
+    assert_matches(kernel, expected, inputs, dtype=dtype, device=gpu)
