@@ -45,7 +45,7 @@ def untouched(layer: nn.Module) -> bool:
 def base_weight(
     layer: nn.Module, *, trained: bool = False
 ) -> torch.Tensor | Quantized4Bit | Fp8Weight | Nf4Fp8Weight | None:
-    """The weight of a linear layer, dense, 4-bit or fp8; None for other kinds, and unless ``trained`` for trained ones."""
+    """The weight of a linear layer, dense, 4-bit or fp8; None for other kinds, and for a trained one unless asked."""
     weight = layer._parameters.get("weight")
     if weight is None or (weight.requires_grad and not trained) or not untouched(layer):
         return None
