@@ -166,6 +166,7 @@ def gradients_kernel(
     o_rank = tl.arange(0, RANK)
     m_column, m_rank = o_column < width, o_rank < rank
     o_row = i_part * tiles * ROWS + tl.arange(0, ROWS)
+    b_factor = None
     if factor is not None:
         p_factor = factor + o_column[:, None] * factor_width + o_rank[None, :] * factor_rank
         b_factor = tl.load(p_factor, mask=m_column[:, None] & m_rank[None, :], other=0.0).to(dy.dtype.element_ty)

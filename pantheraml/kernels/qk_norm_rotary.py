@@ -143,11 +143,16 @@ def _block_of_heads(
         o_2 = o_1 + 1
     w_1 = tl.load(weight + o_1, mask=m_half, other=0.0).to(tl.float32)[None, :] + offset
     w_2 = tl.load(weight + o_2, mask=m_half, other=0.0).to(tl.float32)[None, :] + offset
+    o_rest = o_half
+    m_rest = m_half
     w_3 = w_1
     if REST > 0:
         o_rest = tl.arange(0, REST)
         m_rest = o_rest < rest
         w_3 = tl.load(weight + 2 * half + o_rest, mask=m_rest, other=0.0).to(tl.float32)[None, :] + offset
+    sum_1 = w_1
+    sum_2 = w_2
+    sum_3 = w_3
     if p_dweight is not None:
         sum_1 = tl.zeros((HEADS, HALF), tl.float32)
         sum_2 = tl.zeros((HEADS, HALF), tl.float32)
