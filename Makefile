@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu bench-kernels bench-training bench-data lint format clean
+.PHONY: help demo test test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -26,11 +26,17 @@ test: $(STAMP)  ## run the tests that need no accelerator
 test-gpu:  ## run the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu tests
 
+test-multigpu:  ## run the tests of several GPUs over NCCL on this host's first two, in the current environment
+	$(PYTHON) -m pytest -m gpu tests/distributed
+
 bench-kernels:  ## time every fused op beside its peers on this GPU, into benchmarks/reports
 	$(PYTHON) benchmarks/kernels/run.py --out benchmarks/reports
 
 bench-training:  ## time fine-tuning steps beside the peers on this GPU, into benchmarks/reports
 	$(PYTHON) benchmarks/training/run.py --out benchmarks/reports
+
+bench-scaling:  ## time fine-tuning steps on one and on several GPUs of this host, into benchmarks/reports
+	$(PYTHON) benchmarks/training/scaling.py --out benchmarks/reports
 
 bench-data: $(STAMP)  ## time the preparation of chats beside `tokenizers` alone, into benchmarks/reports
 	$(BIN)/python benchmarks/data/tokenise.py --out benchmarks/reports

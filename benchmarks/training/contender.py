@@ -1,6 +1,8 @@
 """One contender's fine-tuning step through TRL's SFTTrainer: tokens a second, peak memory, losses, as one JSON line.
 
 python benchmarks/training/contender.py --contender pantheraml --model DIR --mode lora --length 2048 --batch 4
+
+Under torchrun each rank has a GPU, and rank 0 prints the line: tokens a second of one rank, the largest peak of all.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ WARM_UP = 3
 # Token ids are drawn from [10, MAX_TOKEN).
 MAX_TOKEN = 100_000
 GIB = 2**30
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+# transformers' names for FSDP2, a decoder layer a unit.
+FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 
 
 def parse() -> argparse.Namespace:
@@ -33,10 +39,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", default="lora", choices=("lora", "qlora", "full"))
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step on each rank")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--checkpointing", type=json.loads, default="unsloth", help="JSON: true, false or a mode")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model over the ranks")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="JSON: further training arguments")
     parser.add_argument("--load", type=json.loads, default={}, help="JSON: further keywords of from_pretrained")
     parser.add_argument("--adapt", type=json.loads, default={}, help="JSON: further keywords of get_peft_model")
     return parser.parse_args()
@@ -92,7 +100,8 @@ def load_plain(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         options.model,
         dtype=torch.bfloat16 if cuda else torch.float32,
         quantization_config=quantization,
-        device_map={"": 0} if cuda else None,
+        # Sharded, the weights go to the GPUs in pieces.
+        device_map={"": LOCAL_RANK} if cuda and not options.fsdp else None,
         attn_implementation="sdpa",
     )
     if options.mode != "full":
@@ -100,7 +109,7 @@ def load_plain(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
             r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
         )
         model = get_peft_model(model, config)
-    arguments = {
+    arguments: dict[str, Any] = {
         "gradient_checkpointing": bool(options.checkpointing),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "use_liger_kernel": options.contender == "liger",
@@ -128,10 +137,21 @@ def dataset(options: argparse.Namespace, vocabulary: int) -> Any:
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(1)
-    rows = options.batch * (options.steps + 1)
+    rows = options.batch * RANKS * (options.steps + 1)
     size = (rows, options.length)
     ids = torch.randint(10, min(vocabulary, MAX_TOKEN), size, generator=generator).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * options.length] * rows})
+
+
+def largest(value: float | None) -> float | None:
+    """The largest value of all ranks."""
+    import torch.distributed as dist
+
+    if RANKS == 1 or value is None:
+        return value
+    values: list[Any] = [None] * RANKS
+    dist.all_gather_object(values, value)
+    return max(values)
 
 
 def main() -> int:
@@ -147,6 +167,8 @@ def main() -> int:
 
     imported = time.perf_counter()
     cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
 
     def now() -> float:
         if cuda:
@@ -177,6 +199,10 @@ def main() -> int:
                 self.logged.append({"loss": logs["loss"], "grad_norm": float(logs.get("grad_norm", 0.0))})
 
     clock = Clock()
+    optimizer = "adamw_torch_fused" if cuda else "adamw_torch"
+    if cuda and options.mode == "full" and not options.fsdp:
+        # The 8-bit states know no shards.
+        optimizer = "adamw_8bit"
     prepared = now()
     trainer = SFTTrainer(
         model=model,
@@ -191,8 +217,7 @@ def main() -> int:
             learning_rate=2e-4,
             lr_scheduler_type="constant",
             warmup_steps=0,
-            optim=("adamw_8bit" if options.mode == "full" else "adamw_torch_fused") if cuda else "adamw_torch",
-            bf16=cuda,
+            optim=optimizer,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
@@ -200,29 +225,36 @@ def main() -> int:
             packing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
             seed=SEED,
-            **arguments,
+            **{"bf16": cuda, "use_cpu": not cuda} | arguments | (FSDP if options.fsdp else {}) | options.arguments,
         ),
     )
     constructed = now()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    trained: dict[Any, int] = {}
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            trained[weight.dtype] = trained.get(weight.dtype, 0) + weight.numel()
     steady = clock.times[min(WARM_UP, len(clock.times) - 1) :]
     plan, adapted = (getattr(model, name, None) for name in ("activation_plan", "adapt_report"))
     record = {
+        "ranks": RANKS,
         "tokens_per_second": options.batch * options.length / statistics.median(steady),
         "step_ms": [f(steady) * 1e3 for f in (statistics.median, min, max)],
         "import_s": imported - started,
         "load_s": loaded - imported,
         "construct_s": constructed - prepared,
         "first_step_s": clock.times[0],
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
+        "peak_gib": largest(torch.cuda.max_memory_allocated() / GIB if cuda else None),
+        "reserved_gib": largest(torch.cuda.max_memory_reserved() / GIB if cuda else None),
+        "weights": {str(d).removeprefix("torch."): n for d, n in trained.items()},
         "plan": plan.describe() if plan is not None else None,
         "adapted": adapted.summary() if adapted is not None else None,
         "steps": clock.logged,
     }
-    print("RESULT " + json.dumps(record), flush=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("RESULT " + json.dumps(record), flush=True)
     return 0
 
 

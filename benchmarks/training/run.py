@@ -42,6 +42,7 @@ PACKAGES = (
 )
 # With less time than this no further row is begun: importing and loading alone take as long.
 LEAST_S = 45
+ENDING_S = 35
 
 
 def environment() -> dict[str, str]:
@@ -64,23 +65,24 @@ def command_of(case: cases.Workload, row: cases.Row, model: Path) -> list[str]:
 def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
     """Run one contender and return its record, or what went wrong under ``error``."""
     with log.open("w+") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT)
         try:
-            done = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit_s,
-                check=False,
-                env=environment(),
-                cwd=ROOT,
-            )
-            ended = f"exit code {done.returncode}"
+            ended = f"exit code {process.wait(limit_s)}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit_s:.0f} s"
+            # A launcher ends its ranks when it is asked to end, and leaves them behind when it is killed.
+            process.terminate()
+            try:
+                process.wait(ENDING_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     text = log.read_text(errors="replace")
     found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
     if found is not None:
         return json.loads(found.group(1))
+    # After a failed rank torchrun adds pages of its own.
+    text = re.split(r"^.*torch/distributed/elastic/.*\] failed ", text, maxsplit=1, flags=re.MULTILINE)[0]
     lines = [line.strip() for line in text.splitlines() if line.strip() and "Warning" not in line]
     return {"error": f"{ended}: " + " / ".join(lines[-4:])[-500:]}
 

@@ -110,4 +110,4 @@ def losses_of(trainer: Any) -> list[float]:
 
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:
     """The trained parameters, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}

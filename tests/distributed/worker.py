@@ -16,6 +16,7 @@ from training_support import panthera_model
 from transformers import TrainerCallback
 
 from pantheraml import distributed, errors
+from pantheraml.device import get_device
 from pantheraml.distributed import MultiGPUConfig
 
 torch.set_num_threads(1)
@@ -55,7 +56,7 @@ def helpers() -> dict:
         except errors.PantheraMLError as error:
             refused.append(type(error).__name__)
     sampler = distributed.get_sampler_for_distributed(list(range(6)), shuffle=False)
-    wrapped = distributed.wrap_model_for_distributed(panthera_model())
+    wrapped = distributed.wrap_model_for_distributed(panthera_model().to(get_device().torch_device))
     return found | {
         "refused": refused,
         "sampled": list(sampler),

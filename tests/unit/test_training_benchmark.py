@@ -20,6 +20,14 @@ def modules(monkeypatch):
     return cases, report
 
 
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import scaling
+
+    return scaling
+
+
 def line(row: str, tokens: float, *, call: str = "first", losses=(10.0, 8.0), peak: float = 10.0, **more) -> dict:
     return {
         "call": call,
@@ -115,3 +123,41 @@ def test_dry_run_keeps_the_options(modules):
     assert tiny.shape == "tiny"
     assert tiny.rows == cases.CASES["8b-qlora-32k"].rows
     assert dataclasses.replace(tiny, shape="llama-3.1-8b").mode == "qlora"
+
+
+def scaled(row: str, ranks: int, tokens: float, **more) -> dict:
+    return line(row, tokens, **({"ranks": ranks, "length": 2048, "batch": 4, "weights": {"float32": 7}} | more))
+
+
+def test_scaling_is_of_the_same_contender_and_the_factor_of_the_same_number_of_gpus(scaling):
+    page = scaling.render(
+        [
+            scaled("pantheraml/default", 1, 1000),
+            scaled("pantheraml/default", 2, 960),
+            scaled("unsloth/default", 1, 700),
+            scaled("unsloth/default", 2, 600),
+        ]
+    )
+    rows = [[cell.strip() for cell in text.split("|")[1:-1]] for text in page.splitlines() if text.startswith("| ")]
+    ours = next(row for row in rows if row[:2] == ["pantheraml/default", "2"])
+    assert ours[3] == "96.0%"
+    assert ours[4] == "1.60 unsloth/default"
+    assert ours[5] == "scaling 0.97 missed; x 1.4 met"
+
+
+def test_sharded_rows_are_compared_with_a_peer_that_ran_and_by_memory(scaling):
+    failed = {"error": "out of | memory", "ranks": 2}
+    lines = [
+        scaled("pantheraml/default", 2, 1000, case="8b-full-fsdp", peak=30.0),
+        scaled("liger/default", 2, 1, case="8b-full-fsdp") | failed,
+        scaled("liger/bf16", 2, 800, case="8b-full-fsdp", peak=40.0),
+    ]
+    page = scaling.render(lines)
+    assert "1.25 liger/bf16 | x 1.2 met; peak lower" in page
+    assert "failed: out of / memory" in page
+
+
+def test_the_most_important_rows_come_first_and_only_what_the_host_has(scaling):
+    case = scaling.CASES["8b-lora"]
+    rows = [(ranks, contender.name) for ranks, contender in scaling.rows_of(case, 2, {"all"})]
+    assert rows == [(1, "pantheraml"), (2, "pantheraml"), (1, "unsloth"), (2, "unsloth"), (1, "liger"), (2, "liger")]
