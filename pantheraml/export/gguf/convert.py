@@ -21,7 +21,7 @@ from .. import ollama
 from ..merge import save_merged
 from . import quantize
 from .check import Checker, FileCheck
-from .families import Family, family_of
+from .families import Family, family_of, rope
 from .tensors import PlannedTensor, plan
 from .tokenizer import GGUFTokenizer, read_tokenizer, text_tokenizer
 from .types import FILE_TYPES, FileType, resolve_types
@@ -121,6 +121,20 @@ def request(
     return Request(tuple(dict.fromkeys(kept)), later, tool, imatrix, first, verify)
 
 
+def check_types(family: Family, wanted: Request) -> None:
+    """Refuse types that the family has nothing to put in.
+
+    Raises:
+        ConfigError: experts are to be quantised, and there are none.
+    """
+    if not family.has_experts and any(entry.name == "mxfp4" for entry in wanted.types):
+        raise ConfigError(
+            f"mxfp4 is for mixtures of experts, and {family.model_type} models are none",
+            where="argument quantization_method",
+            hint="use 'q4_0', or 'q4_k_m' with llama-quantize",
+        )
+
+
 def export_gguf(
     model: Any,
     directory: Path,
@@ -147,7 +161,7 @@ def export_gguf(
         CheckpointError: merging, writing or verification failed; nothing is left under a final name.
     """
     inner = text_tokenizer(tokenizer)
-    family_of(model.config)  # before the work
+    check_types(family_of(model.config), wanted)  # before the work
     read_tokenizer(inner, model.get_input_embeddings().weight.shape[0])
     with atomic_directory(directory, overwrite=True, keep=lambda entry: True) as temporary:
         merged = keep_merged or temporary / _MERGED
@@ -184,6 +198,8 @@ def _open(folder: Path, tokenizer: Any) -> _Source:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError("the folder holds no model", where=str(folder), why=str(error)) from error
     family = family_of(config)
+    if rope(config).get("truncate") is False:
+        log.info("llama.cpp rounds the ends of yarn's ramp to whole dimensions, which this model does not")
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     windowed = window and (not kinds or "sliding_attention" in kinds)
@@ -196,6 +212,7 @@ def _open(folder: Path, tokenizer: Any) -> _Source:
 def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name: str, final: Path) -> GGUFReport:
     start = time.monotonic()
     source = _open(folder, tokenizer)
+    check_types(source.family, wanted)
     bases = [wanted.first] if any(entry.external is not None for entry in wanted.types) else []
     written_as = [wanted.first if entry.external is not None else entry for entry in wanted.types]
     needed = sum(planned_bytes(source.tensors, entry) for entry in (*bases, *written_as))

@@ -19,6 +19,8 @@ class Family:
         model_type: ``config.model_type``.
         arch: GGUF architecture.
         transforms: ``(pattern of the tensor's name, name of the transform)``; see ``tensors.TRANSFORMS``.
+        pieces: ``(pattern of the end of a name, ((end in its place, name of the transform), ...))`` for tensors that
+            the file names otherwise or holds in parts.
         fields: Names of further groups of metadata; see ``metadata.GROUPS``.
         activations: Activations that llama.cpp computes for it.
         ropes: Kinds of rope scaling that it can state.
@@ -30,12 +32,18 @@ class Family:
     model_type: str
     arch: str
     transforms: tuple[tuple[str, str], ...] = ()
+    pieces: tuple[tuple[str, tuple[tuple[str, str | None], ...]], ...] = ()
     fields: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu", "swish")
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     biases: bool = False
     window_period: int = 0
     reload_as: str | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its layers are mixtures of experts."""
+        return "experts" in self.fields
 
 
 # llama.cpp rotates neighbouring pairs of a head's rows for these, transformers the two halves of the head.
@@ -45,6 +53,14 @@ _ROPE_ROWS = (
 )
 _NORM_PLUS_ONE = ((r"norm\.weight$", "plus_one"),)  # Gemma computes with 1 + weight, llama.cpp with the weight
 _EXPERTS = ((r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$", "stack_experts"),)
+# gpt-oss holds experts as [expert, in, out], its gates and ups as alternating columns.
+_OSS_PIECES = (
+    (r"experts\.gate_up_proj$", (("experts.gate_proj.weight", "gates"), ("experts.up_proj.weight", "ups"))),
+    (r"experts\.gate_up_proj_bias$", (("experts.gate_proj.bias", "gates"), ("experts.up_proj.bias", "ups"))),
+    (r"experts\.down_proj$", (("experts.down_proj.weight", "in_by_out"),)),
+    (r"experts\.down_proj_bias$", (("experts.down_proj.bias", None),)),
+    (r"self_attn\.sinks$", (("self_attn.sinks.weight", None),)),
+)
 _GELU = ("gelu_pytorch_tanh", "gelu_tanh")
 _LLAMA_ROPES = ("default", "linear", "yarn", "llama3")
 
@@ -55,13 +71,13 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", "llama", _ROPE_ROWS, ropes=_LLAMA_ROPES, biases=True, reload_as="llama"),
         Family("qwen2", "qwen2", biases=True, reload_as="qwen2"),
         Family("qwen3", "qwen3", reload_as="qwen3"),
-        Family("qwen3_moe", "qwen3moe", _EXPERTS, ("experts",), reload_as="qwen3_moe"),
+        Family("qwen3_moe", "qwen3moe", _EXPERTS, fields=("experts",), reload_as="qwen3_moe"),
         Family("gemma", "gemma", _NORM_PLUS_ONE, activations=(*_GELU, "gelu")),
         Family(
             "gemma2",
             "gemma2",
             _NORM_PLUS_ONE,
-            ("window", "soft_caps"),
+            fields=("window", "soft_caps"),
             activations=_GELU,
             window_period=2,
             reload_as="gemma2",
@@ -70,14 +86,15 @@ FAMILIES: dict[str, Family] = {
             "gemma3_text",
             "gemma3",
             _NORM_PLUS_ONE,
-            ("window", "soft_caps", "window_rope"),
+            fields=("window", "soft_caps", "window_rope"),
             activations=_GELU,
             window_period=6,
             reload_as="gemma3_text",
         ),
         Family("phi3", "phi3", fields=("phi3",), ropes=("default", "longrope"), reload_as="phi3"),
-        Family("granite", "granite", _ROPE_ROWS, ("granite",), biases=True),
+        Family("granite", "granite", _ROPE_ROWS, fields=("granite",), biases=True),
         Family("olmo2", "olmo2"),
+        Family("gpt_oss", "gpt-oss", pieces=_OSS_PIECES, fields=("experts", "window"), biases=True, window_period=2),
     )
 }
 
@@ -147,7 +164,10 @@ def _rope(config: Any, family: Family) -> str | None:
     return f"the yarn settings {', '.join(sorted(extra))}" if kind == "yarn" and extra else None
 
 
-_YARN_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+_YARN_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("beta_fast", "beta_slow", "truncate"),
+}
 
 
 def _scale(config: Any, family: Family) -> str | None:
@@ -180,15 +200,25 @@ def _bidirectional(config: Any, family: Family) -> str | None:
 
 
 def _experts(config: Any, family: Family) -> str | None:
-    if "experts" not in family.fields:
+    if not family.has_experts:
         return None
-    if not config.norm_topk_prob:
+    if not getattr(config, "norm_topk_prob", True):
         return "llama.cpp normalises the weights of the chosen experts, the model does not (norm_topk_prob)"
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         return "some of its layers have no experts"
     return None
 
 
+def _oss(config: Any, family: Family) -> str | None:
+    if family.arch != "gpt-oss":
+        return None
+    constants = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # built into llama.cpp
+    odd = [f"{name}={value}" for name, due in constants.items() if (value := getattr(config, name, due)) != due]
+    if odd:
+        return f"llama.cpp computes its experts with {constants}, the model with {', '.join(odd)}"
+    return "llama.cpp reads an output head of its own" if config.tie_word_embeddings else None
+
+
 _CHECKS: tuple[Callable[[Any, Family], str | None], ...] = (
-    *(_activation, _rope, _scale, _windows, _biases, _bidirectional, _experts),
+    *(_activation, _rope, _scale, _windows, _biases, _bidirectional, _experts, _oss),
 )

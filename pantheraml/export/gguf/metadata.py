@@ -31,9 +31,17 @@ def key_value_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def _experts_width(config: Any) -> int:
+def _dense_width(config: Any) -> int:
     # llama.cpp wants a dense width as well; it is not used by layers of experts.
     return int(getattr(config, "intermediate_size", None) or config.moe_intermediate_size)
+
+
+def _experts_width(config: Any) -> int:
+    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+
+
+def _experts(config: Any) -> int:
+    return int(getattr(config, "num_local_experts", None) or config.num_experts)
 
 
 def _rotary_dim(config: Any) -> int:
@@ -47,6 +55,14 @@ def _scaling(config: Any) -> str | None:
 
 def _scaling_factor(config: Any) -> float | None:
     return rope(config).get("factor") if _scaling(config) else None
+
+
+def _yarn(name: str) -> Callable[[Any], float | None]:
+    def source(config: Any) -> float | None:
+        value = rope(config).get(name) if _scaling(config) == "yarn" else None
+        return None if value is None else float(value)
+
+    return source
 
 
 def _scaling_original(config: Any) -> int | None:
@@ -74,7 +90,7 @@ _COMMON = (
     Field("context_length", "uint32", _attribute("max_position_embeddings")),
     Field("embedding_length", "uint32", _attribute("hidden_size")),
     Field("block_count", "uint32", _attribute("num_hidden_layers")),
-    Field("feed_forward_length", "uint32", _experts_width),
+    Field("feed_forward_length", "uint32", _dense_width),
     Field("attention.head_count", "uint32", _attribute("num_attention_heads")),
     Field("attention.head_count_kv", "uint32", key_value_heads),
     Field("attention.key_length", "uint32", head_dim),
@@ -85,14 +101,16 @@ _COMMON = (
     Field("rope.scaling.type", "string", _scaling),
     Field("rope.scaling.factor", "float32", _scaling_factor),
     Field("rope.scaling.original_context_length", "uint32", _scaling_original),
+    Field("rope.scaling.yarn_beta_fast", "float32", _yarn("beta_fast")),
+    Field("rope.scaling.yarn_beta_slow", "float32", _yarn("beta_slow")),
     Field("vocab_size", "uint32", _attribute("vocab_size")),
 )
 
 GROUPS: dict[str, tuple[Field, ...]] = {
     "experts": (
-        Field("expert_count", "uint32", _attribute("num_experts")),
+        Field("expert_count", "uint32", _experts),
         Field("expert_used_count", "uint32", _attribute("num_experts_per_tok")),
-        Field("expert_feed_forward_length", "uint32", _attribute("moe_intermediate_size")),
+        Field("expert_feed_forward_length", "uint32", _experts_width),
     ),
     "window": (Field("attention.sliding_window", "uint32", _attribute("sliding_window")),),
     "window_rope": (

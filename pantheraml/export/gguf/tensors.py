@@ -25,7 +25,7 @@ class PlannedTensor:
     Attributes:
         name: GGUF name.
         shape: Rows first, as in torch.
-        exact: Whether it stays in 32-bit floats: vectors, norms and routers, as llama.cpp has it.
+        exact: Whether it stays in 32-bit floats: vectors, norms, biases and routers, as llama.cpp has it.
         make: Reads and computes it; fp32.
     """
 
@@ -38,6 +38,11 @@ class PlannedTensor:
     def head(self) -> bool:
         """Whether it is the output head or the embeddings that may double as one."""
         return self.name in ("output.weight", "token_embd.weight")
+
+    @property
+    def experts(self) -> bool:
+        """Whether it holds the weights of all experts of a layer."""
+        return self.name.endswith("_exps.weight")
 
 
 def _rope_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -58,15 +63,49 @@ def _plus_one(tensor: torch.Tensor, config: Any) -> torch.Tensor:
     return tensor + 1.0
 
 
+def _in_by_out(tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    del config
+    return tensor.transpose(-1, -2)
+
+
+def _half(tensor: torch.Tensor, start: int) -> torch.Tensor:
+    """Every second column, and columns as rows where these are weights of experts [expert, in, out]."""
+    half = tensor[..., start::2]
+    return half.transpose(-1, -2) if half.ndim == 3 else half
+
+
+def _gates(tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    del config
+    return _half(tensor, 0)
+
+
+def _ups(tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    del config
+    return _half(tensor, 1)
+
+
 TRANSFORMS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "rope_rows_q": _rope_rows_q,
     "rope_rows_k": _rope_rows_k,
     "plus_one": _plus_one,
+    "in_by_out": _in_by_out,
+    "gates": _gates,
+    "ups": _ups,
 }
 
 
-def _transform_of(name: str, family: Family) -> str | None:
-    return next((transform for pattern, transform in family.transforms if re.search(pattern, name)), None)
+def pieces_of(name: str, family: Family) -> list[tuple[str, str | None]]:
+    """What a tensor becomes: names that the package maps, each with the name of its transform or None."""
+    for pattern, pieces in family.pieces:
+        if re.search(pattern, name):
+            return [(re.sub(pattern, end, name), transform) for end, transform in pieces]
+    return [(name, next((kind for pattern, kind in family.transforms if re.search(pattern, name)), None))]
+
+
+def name_map(config: Any, family: Family) -> gguf.TensorNameMap:
+    """The package's names for the tensors of an architecture."""
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+    return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
 
 def _read(folder: SafetensorsFolder, name: str) -> torch.Tensor:
@@ -84,8 +123,7 @@ def plan(folder: SafetensorsFolder, config: Any, family: Family) -> list[Planned
     Raises:
         UnsupportedError: a tensor has no place in the architecture.
     """
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = name_map(config, family)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     planned = [
         PlannedTensor(name, values.shape, True, lambda values=values: values)
@@ -95,17 +133,22 @@ def plan(folder: SafetensorsFolder, config: Any, family: Family) -> list[Planned
     for source in folder.names():
         if _BUFFERS.search(source) or (tied and source == "lm_head.weight"):
             continue
-        transform = _transform_of(source, family)
-        if transform == "stack_experts":
-            stacks.setdefault(re.sub(r"experts\.\d+\.", "experts.", source), []).append(source)
-            continue
-        planned.append(_single(folder, source, _target(names, source, config), transform, config))
+        for name, transform in pieces_of(source, family):
+            if transform == "stack_experts":
+                stacks.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(source)
+            else:
+                planned.append(_single(folder, source, target_name(names, name, config), transform, config))
     for stacked, sources in stacks.items():
-        planned.append(_stack(folder, _target(names, stacked, config), sources))
+        planned.append(_stack(folder, target_name(names, stacked, config), sources))
     return sorted(planned, key=_order)
 
 
-def _target(names: gguf.TensorNameMap, source: str, config: Any) -> str:
+def target_name(names: gguf.TensorNameMap, source: str, config: Any) -> str:
+    """The GGUF name of a tensor.
+
+    Raises:
+        UnsupportedError: the architecture has no place for it.
+    """
     target = names.get_name(source, try_suffixes=(".weight", ".bias"))
     if target is None:
         why = "it is trained apart from the input embeddings" if source == "lm_head.weight" else None
@@ -116,15 +159,14 @@ def _target(names: gguf.TensorNameMap, source: str, config: Any) -> str:
 
 
 def _single(folder: SafetensorsFolder, source: str, target: str, transform: str | None, config: Any) -> PlannedTensor:
-    shape = folder.spec(source).shape
+    def transformed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if transform is None else TRANSFORMS[transform](tensor, config)
 
     def make() -> np.ndarray:
-        tensor = _read(folder, source)
-        if transform is not None:
-            tensor = TRANSFORMS[transform](tensor, config)
-        return tensor.contiguous().numpy()
+        return transformed(_read(folder, source)).contiguous().numpy()
 
-    exact = len(shape) < 2 or target.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+    shape = tuple(transformed(torch.empty(folder.spec(source).shape, device="meta")).shape)
+    exact = len(shape) < 2 or target.endswith(("_norm.weight", "ffn_gate_inp.weight", ".bias"))
     return PlannedTensor(target, shape, exact, make)
 
 

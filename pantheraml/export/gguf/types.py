@@ -33,7 +33,8 @@ class FileType:
 
 _HEAD_Q8 = ("--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0")
 
-# Errors measured on normally distributed weights: q8_0 0.006, q5_1 0.04, q5_0 0.05, q4_1 0.09, q4_0 0.1. The budgets
+# Errors measured on normally distributed weights: q8_0 0.006, q5_1 0.04, q5_0 0.05, q4_1 0.09, q4_0 0.1, mxfp4
+# 0.12 (0 for weights that were in it before). The budgets
 # leave room of two to three for weights with outliers.
 FILE_TYPES: dict[str, FileType] = {
     entry.name: entry
@@ -46,6 +47,7 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("q5_0", "5 bits", budget=0.12, logits=0.5),
         FileType("q4_1", "4 bits with an offset a block", budget=0.2, logits=0.8),
         FileType("q4_0", "4 bits", budget=0.25, logits=0.8),
+        FileType("mxfp4", "4 bits for experts as gpt-oss has them, q8_0 for the rest", budget=0.25, logits=0.8),
         FileType("q6_k", "6 bits", "Q6_K", budget=0.06, logits=0.3),
         FileType("q5_k_m", "5 bits, more for the parts that matter", "Q5_K_M", budget=0.1, logits=0.5),
         FileType("q5_k_s", "5 bits", "Q5_K_S", budget=0.1, logits=0.5),

@@ -17,11 +17,12 @@ from .tokenizer import GGUFTokenizer
 from .types import FileType
 
 _Q = gguf.GGMLQuantizationType
-TENSOR_TYPES = {name: _Q[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")}
-_FEW_BITS = (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1)
-_FILE_TYPES = {name: gguf.LlamaFileType[f"MOSTLY_{name.upper()}"] for name in TENSOR_TYPES if name != "f32"} | {
-    "f32": gguf.LlamaFileType.ALL_F32
+TENSOR_TYPES = {
+    name: _Q[name.upper()] for name in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4")
 }
+_FEW_BITS = (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1)
+_FILE_TYPE_NAMES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
+_FILE_TYPES = {name: gguf.LlamaFileType[_FILE_TYPE_NAMES.get(name, f"MOSTLY_{name.upper()}")] for name in TENSOR_TYPES}
 _F16_MAX = 65504.0
 
 
@@ -47,6 +48,8 @@ def tensor_type(tensor: PlannedTensor, wanted: FileType) -> tuple[Any, str | Non
     due = TENSOR_TYPES[wanted.name]
     if tensor.exact:
         return _Q.F32, None
+    if due == _Q.MXFP4 and not tensor.experts:
+        return _fitting(tensor, _Q.Q8_0)
     if tensor.head and due in _FEW_BITS:
         # Errors in the embeddings and the head reach every token; llama.cpp spends more bits on them as well.
         return _fitting(tensor, _Q.Q8_0)
