@@ -13,7 +13,14 @@ import torch
 from . import env, log
 from .errors import ConfigError, UnsupportedError, unknown_arguments
 from .export.adapter import save_adapter
-from .export.gguf.api import print_quantization_methods, push_to_hub_gguf, save_pretrained_gguf, save_to_gguf
+from .export.gguf.api import (
+    print_quantization_methods,
+    push_to_hub_ggml,
+    push_to_hub_gguf,
+    save_pretrained_ggml,
+    save_pretrained_gguf,
+    save_to_gguf,
+)
 from .export.hub import HubTarget, create_repo, upload, write_card
 from .export.merge import MergeOnto, save_merged
 from .export.report import MergeReport
@@ -23,9 +30,11 @@ __all__ = [
     "create_huggingface_repo",
     "patch_saving_functions",
     "print_quantization_methods",
+    "push_to_hub_ggml",
     "push_to_hub_gguf",
     "push_to_hub_merged",
     "save_lora",
+    "save_pretrained_ggml",
     "save_pretrained_gguf",
     "save_pretrained_merged",
     "save_to_gguf",

@@ -429,7 +429,7 @@ def test_arguments_that_cannot_be_honoured(tmp_path, tokenizer):
         facade.save_pretrained_gguf(model, tmp_path / "m")
     for options, error, message in (
         ({"push_to_hub": True}, ConfigError, "push_to_hub_gguf"),
-        ({"save_method": "lora"}, UnsupportedError, "save_method"),
+        ({"save_method": "merged_4bit"}, UnsupportedError, "save_method"),
         ({"state_dict": {}}, UnsupportedError, "state_dict"),
         ({"safe_serialization": False}, UnsupportedError, "safe_serialization"),
         ({"quantization_method": "iq2_xs"}, ConfigError, "importance matrix"),

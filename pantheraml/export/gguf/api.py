@@ -15,11 +15,12 @@ from ...device import require
 from ...errors import ConfigError, UnsupportedError
 from ...models.record import record_of
 from ..hub import HubTarget, create_repo, upload, write_card
-from .types import ALIASES, FILE_TYPES
+from .types import ADAPTER_TYPES, ALIASES, FILE_TYPES, FileType, resolve_types
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _FULL_PRECISION = {"f32", "f16", "bf16"}
-_MERGE_METHODS = (None, "merged_16bit", "gguf")
+_MERGE_METHODS = (None, "merged_16bit", "gguf", "lora")
+_GGML_DEFAULT = "f16"
 
 AnyPath = str | os.PathLike[str]
 
@@ -74,7 +75,8 @@ def save_pretrained_gguf(
         tags: Tags for a model card, which is written when there are any.
         temporary_location: Makes no difference: the merged model lies beside the files until they are done.
         maximum_memory_usage: Makes no difference: tensors are written one at a time.
-        save_method: None or ``"merged_16bit"``.
+        save_method: None or ``"merged_16bit"``; ``"lora"`` writes the adapter alone, for llama.cpp's ``--lora``, as
+            ``f32``, ``f16``, ``bf16`` or ``q8_0``, and needs no tokenizer.
         imatrix_file: Importance matrix for ``llama-quantize``; IQ types need one.
         merge_is_disposable: False keeps the merged folder, under ``save_directory``.
         llama_quantize: The program ``llama-quantize``, or a folder of llama.cpp that holds it; None looks on PATH.
@@ -107,12 +109,27 @@ def save_pretrained_gguf(
         private=private,
     )
     _tell_unused(max_shard_size, temporary_location, maximum_memory_usage, 0.85)
+    directory = Path(save_directory)
+    tag_list = [tags] if isinstance(tags, str) else list(tags or ())
+    finish = (lambda folder: write_card(model, folder, tags=[*tag_list, "gguf"], datasets=None)) if tag_list else None
+    if _only_adapter(save_method):
+        _check_unused(
+            first_conversion=first_conversion, imatrix_file=imatrix_file or None, llama_quantize=llama_quantize
+        )
+        return _save_adapter(
+            model,
+            directory,
+            _gguf_folder(directory),
+            quantization_method,
+            is_main_process=is_main_process,
+            verify=verify,
+            finish=finish,
+        )
     wanted = _request(
         model,
         tokenizer,
         quantization_method,
         first_conversion=first_conversion,
-        save_method=save_method,
         imatrix_file=imatrix_file,
         llama_quantize=llama_quantize,
         verify=verify,
@@ -121,8 +138,6 @@ def save_pretrained_gguf(
         return None
     from .convert import export_gguf
 
-    directory = Path(save_directory)
-    tag_list = [tags] if isinstance(tags, str) else list(tags or ())
     report = export_gguf(
         model,
         _gguf_folder(directory),
@@ -130,11 +145,104 @@ def save_pretrained_gguf(
         wanted,
         name=directory.absolute().name,
         keep_merged=None if merge_is_disposable else directory,
-        finish=(lambda folder: write_card(model, folder, tags=[*tag_list, "gguf"], datasets=None))
-        if tag_list
-        else None,
+        finish=finish,
     )
     return _result(directory, report)
+
+
+def save_pretrained_ggml(
+    model: Any,
+    save_directory: AnyPath,
+    tokenizer: Any = None,
+    temporary_location: AnyPath | None = None,
+    maximum_memory_usage: float = 0.85,
+    outtype: str = _GGML_DEFAULT,
+    *,
+    is_main_process: bool = True,
+    verify: bool = True,
+) -> dict[str, Any] | None:
+    """Write the adapter alone as ``<save_directory>/<name>.F16-LoRA.gguf``, which llama.cpp applies to its base model.
+
+    Args:
+        model: A PEFT model; it is not changed.
+        save_directory: Folder to write; other files in it stay.
+        tokenizer: Makes no difference: the base model's file holds it.
+        temporary_location: Makes no difference.
+        maximum_memory_usage: Makes no difference.
+        outtype: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``.
+        is_main_process: False on ranks that are not to write.
+        verify: Read the file back, and compare the updates that it gives with those of the adapter.
+
+    Returns:
+        As ``save_pretrained_gguf``; None on ranks that do not write.
+
+    Raises:
+        ConfigError: no such type.
+        ConflictError: the model has no adapter that is enabled.
+        UnsupportedError: the adapter is more than LoRA on linear layers and embeddings.
+        CheckpointError: nothing was written under a final name; the message says why.
+    """
+    del tokenizer
+    _tell_unused("5GB", temporary_location, maximum_memory_usage, 0.85)
+    directory = Path(save_directory)
+    return _save_adapter(
+        model,
+        directory,
+        directory,
+        outtype,
+        is_main_process=is_main_process,
+        verify=verify,
+        argument="outtype",
+    )
+
+
+def push_to_hub_ggml(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    use_temp_dir: bool | None = None,
+    commit_message: str | None = "Trained with PantheraML",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_description: str = "",
+    tags: Iterable[str] | None = None,
+    temporary_location: AnyPath | None = None,
+    maximum_memory_usage: float = 0.85,
+    datasets: Iterable[str] | None = None,
+    outtype: str = _GGML_DEFAULT,
+    *,
+    is_main_process: bool = True,
+    verify: bool = True,
+) -> str | None:
+    """Write the adapter alone as a GGUF file, as ``save_pretrained_ggml`` does, and upload it with a model card.
+
+    The arguments are those of ``push_to_hub_gguf`` and ``save_pretrained_ggml``, and so are the errors.
+
+    Returns:
+        The repository's full name; None on ranks that do not write.
+    """
+    return push_to_hub_gguf(
+        model,
+        repo_id,
+        tokenizer,
+        outtype,
+        use_temp_dir=use_temp_dir,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        create_pr=create_pr,
+        revision=revision,
+        commit_description=commit_description,
+        tags=tags,
+        temporary_location=temporary_location,
+        maximum_memory_usage=maximum_memory_usage,
+        datasets=datasets,
+        save_method="lora",
+        is_main_process=is_main_process,
+        verify=verify,
+    )
 
 
 def push_to_hub_gguf(
@@ -184,7 +292,7 @@ def push_to_hub_gguf(
         temporary_location: Folder in which the temporary folder is made; None means the system's.
         maximum_memory_usage: Makes no difference.
         datasets: Hub ids of data sets for the model card.
-        save_method: None or ``"merged_16bit"``.
+        save_method: As in ``save_pretrained_gguf``.
         imatrix_file: As in ``save_pretrained_gguf``.
         is_main_process: False on ranks that are not to write.
         llama_quantize: As in ``save_pretrained_gguf``.
@@ -199,36 +307,46 @@ def push_to_hub_gguf(
     """
     _check_unused(safe_serialization=None if safe_serialization in (True, None) else False)
     _tell_unused(max_shard_size, None, maximum_memory_usage, 0.85)
-    wanted = _request(
-        model,
-        tokenizer,
-        quantization_method,
-        first_conversion=first_conversion,
-        save_method=save_method,
-        imatrix_file=imatrix_file,
-        llama_quantize=llama_quantize,
-        verify=verify,
-    )
+    alone = _only_adapter(save_method)
+    wanted: Any
+    if alone:
+        _check_unused(
+            first_conversion=first_conversion, imatrix_file=imatrix_file or None, llama_quantize=llama_quantize
+        )
+        wanted = check_adapter_types(quantization_method)
+        require("gguf", what="writing GGUF files")
+    else:
+        wanted = _request(
+            model,
+            tokenizer,
+            quantization_method,
+            first_conversion=first_conversion,
+            imatrix_file=imatrix_file,
+            llama_quantize=llama_quantize,
+            verify=verify,
+        )
     if not is_main_process or env.rank() != 0:
         return None
-    from .convert import export_gguf
-
     message = commit_message or "Trained with PantheraML"
     target = HubTarget(repo_id, token, private, message, commit_description or "", create_pr, revision)
     create_repo(target)
     name = repo_id.rpartition("/")[2]
     tag_list = [tags] if isinstance(tags, str) else list(tags or ())
     data = [datasets] if isinstance(datasets, str) else list(datasets or ())
+
+    def finish(path: Path) -> None:
+        write_card(model, path, tags=[*tag_list, "gguf", "llama.cpp"], datasets=data)
+
     with tempfile.TemporaryDirectory(dir=temporary_location) as scratch:
         folder = _gguf_folder(Path(name) if use_temp_dir is False else Path(scratch, name))
-        export_gguf(
-            model,
-            folder,
-            tokenizer,
-            wanted,
-            name=name,
-            finish=lambda path: write_card(model, path, tags=[*tag_list, "gguf", "llama.cpp"], datasets=data),
-        )
+        if alone:
+            from .lora import export_lora
+
+            export_lora(model, folder, wanted, name=name, verify=verify, finish=finish)
+        else:
+            from .convert import export_gguf
+
+            export_gguf(model, folder, tokenizer, wanted, name=name, finish=finish)
         return upload(folder, target)
 
 
@@ -304,7 +422,6 @@ def _request(
     quantization_method: str | Sequence[str] | None,
     *,
     first_conversion: str | None,
-    save_method: str | None,
     imatrix_file: AnyPath | bool | None,
     llama_quantize: AnyPath | None,
     verify: bool,
@@ -314,13 +431,6 @@ def _request(
             "a GGUF file holds its tokenizer, and none was given",
             where="argument tokenizer",
             hint="pass the tokenizer that the model was trained with",
-        )
-    method = None if save_method is None else str(save_method).lower().strip()
-    if method not in _MERGE_METHODS:
-        raise UnsupportedError(
-            f"GGUF files of save_method={save_method!r} are not written",
-            where="argument save_method",
-            hint="leave it out for the merged model",
         )
     require("gguf", what="writing GGUF files")
     from .convert import request
@@ -335,6 +445,56 @@ def _request(
         llama_quantize=llama_quantize,
         verify=verify,
     )
+
+
+def _only_adapter(save_method: str | None) -> bool:
+    """Whether ``save_method`` asks for the adapter alone."""
+    method = None if save_method is None else str(save_method).lower().strip()
+    if method not in _MERGE_METHODS:
+        raise UnsupportedError(
+            f"GGUF files of save_method={save_method!r} are not written",
+            where="argument save_method",
+            hint="leave it out for the merged model, or use 'lora' for the adapter alone",
+        )
+    return method == "lora"
+
+
+def check_adapter_types(value: Any, *, argument: str = "quantization_method") -> tuple[FileType, ...]:
+    """Return the types for an adapter alone.
+
+    Raises:
+        ConfigError: adapters are not written in one of them.
+    """
+    wanted = resolve_types(value)
+    for entry in wanted:
+        if entry.name not in ADAPTER_TYPES:
+            raise ConfigError(
+                f"adapters are not written as {entry.name!r}",
+                where=f"argument {argument}",
+                hint=f"use one of {', '.join(ADAPTER_TYPES)}",
+            )
+    return wanted
+
+
+def _save_adapter(
+    model: Any,
+    save_directory: Path,
+    target: Path,
+    types: str | Sequence[str] | None,
+    *,
+    is_main_process: bool,
+    verify: bool,
+    argument: str = "quantization_method",
+    finish: Callable[[Path], None] | None = None,
+) -> dict[str, Any] | None:
+    wanted = check_adapter_types(types, argument=argument)
+    require("gguf", what="writing GGUF files")
+    if not is_main_process or env.rank() != 0:
+        return None
+    from .lora import export_lora
+
+    name = save_directory.absolute().name
+    return _result(save_directory, export_lora(model, target, wanted, name=name, verify=verify, finish=finish))
 
 
 def _check_unused(**given: Any) -> None:

@@ -105,7 +105,7 @@ class Checker:
             reader = gguf.GGUFReader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError("the written file cannot be read", where=path.name, why=str(error)) from error
-        worst = self._check_tensors(reader, path)
+        worst = check_tensors(reader, self._tensors, path)
         self._check_settings(reader, path)
         self._check_tokenizer(reader, path)
         count = len(self._tensors)
@@ -116,27 +116,6 @@ class Checker:
         if psutil.virtual_memory().available < _HELD * size:
             return FileCheck("tensors", count, worst, note="there is not enough memory to load it")
         return FileCheck("reload", count, worst, self._check_logits(path, wanted))
-
-    def _check_tensors(self, reader: gguf.GGUFReader, path: Path) -> float:
-        found = {tensor.name: tensor for tensor in reader.tensors}
-        if found.keys() != self._tensors.keys():
-            names = sorted(found.keys() ^ self._tensors.keys())
-            raise CheckpointError("the file lacks tensors, or has others", where=path.name, why=", ".join(names[:5]))
-        worst = 0.0
-        for name, tensor in found.items():
-            kind = tensor.tensor_type.name.lower()
-            expected = self._tensors[name].make()
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            error = _relative(values, expected)
-            known = FILE_TYPES.get(kind) or FILE_TYPES.get(f"{kind}_m") or FILE_TYPES["q2_k"]
-            if not error <= known.budget:
-                raise CheckpointError(
-                    "a tensor read back is not the model's",
-                    where=f"{path.name}: {name}",
-                    why=f"relative error {error:.3g}; {known.budget:.3g} is allowed for {kind}",
-                )
-            worst = max(worst, error)
-        return worst
 
     def _check_settings(self, reader: gguf.GGUFReader, path: Path) -> None:
         for key, (_, value) in hyper_parameters(self._config, self._family).items():
@@ -255,7 +234,38 @@ class Checker:
         return AutoConfig.for_model(str(self._family.reload_as), **settings)
 
 
-def _relative(values: np.ndarray, expected: np.ndarray) -> float:
+def check_tensors(reader: gguf.GGUFReader, due: dict[str, PlannedTensor], path: Path) -> float:
+    """Compare the tensors of a file with those that were to be written, and return the largest relative RMS error.
+
+    Args:
+        reader: The file, opened.
+        due: What it is to hold, by name.
+        path: Its path, for messages.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or further off than its type allows.
+    """
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if found.keys() != due.keys():
+        names = sorted(found.keys() ^ due.keys())
+        raise CheckpointError("the file lacks tensors, or has others", where=path.name, why=", ".join(names[:5]))
+    worst = 0.0
+    for name, tensor in found.items():
+        kind = tensor.tensor_type.name.lower()
+        error = relative_error(gguf.dequantize(tensor.data, tensor.tensor_type), due[name].make())
+        known = FILE_TYPES.get(kind) or FILE_TYPES.get(f"{kind}_m") or FILE_TYPES["q2_k"]
+        if not error <= known.budget:
+            raise CheckpointError(
+                "a tensor read back is not the model's",
+                where=f"{path.name}: {name}",
+                why=f"relative error {error:.3g}; {known.budget:.3g} is allowed for {kind}",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(values: np.ndarray, expected: np.ndarray) -> float:
+    """RMS of the difference over the RMS of ``expected``; inf for another number of elements."""
     if values.size != expected.size:
         return math.inf
     difference = np.linalg.norm((values.reshape(expected.shape) - expected).ravel().astype(np.float64))

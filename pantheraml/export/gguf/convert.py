@@ -25,7 +25,7 @@ from .families import Family, family_of, rope
 from .tensors import PlannedTensor, plan
 from .tokenizer import GGUFTokenizer, read_tokenizer, text_tokenizer
 from .types import FILE_TYPES, FileType, resolve_types
-from .writer import planned_bytes, write_file
+from .writer import model_metadata, planned_bytes, write_file
 
 _ROOM = 16 * 10**6  # bytes for metadata
 _MERGED = "merged.tmp"
@@ -219,6 +219,7 @@ def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name:
     needed += _ROOM if needed > _ROOM else needed
     checker = Checker(folder, source.config, source.family, source.tensors, tokenizer, source.tokenizer)
     require_free(target, needed, what="the GGUF files")
+    metadata = model_metadata(source.config, source.family, source.tokenizer, name=name)
     checks: dict[str, FileCheck] = {}
     kept: dict[str, dict[str, str]] = {}
     files: list[Path] = []
@@ -227,16 +228,12 @@ def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name:
         for entry in wanted.types:
             path = target / f"{name}.{entry.name.upper()}.gguf"
             if entry.external is None:
-                written = write_file(
-                    path, source.tensors, entry, source.config, source.family, source.tokenizer, name=name
-                )
+                written = write_file(path, source.tensors, entry, source.family.arch, metadata)
                 kept[path.name] = written.kept
             else:
                 if base is None:
                     base = target / "first.tmp.gguf"
-                    write_file(
-                        base, source.tensors, wanted.first, source.config, source.family, source.tokenizer, name=name
-                    )
+                    write_file(base, source.tensors, wanted.first, source.family.arch, metadata)
                 assert wanted.tool is not None
                 quantize.run(wanted.tool, base, path, entry, wanted.imatrix[entry.name])
             if wanted.verify:

@@ -71,6 +71,7 @@ FILE_TYPES: dict[str, FileType] = {
         ),
     )
 }
+ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")  # in which adapters alone are written
 ALIASES = {"not_quantized": None, "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 _GONE = {"q3_k_xs": "llama.cpp dropped it; use 'q3_k_s'"}
 

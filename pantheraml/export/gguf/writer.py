@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,8 @@ def write_file(
     path: Path,
     tensors: list[PlannedTensor],
     wanted: FileType,
-    config: Any,
-    family: Family,
-    tokenizer: GGUFTokenizer,
-    *,
-    name: str,
+    arch: str,
+    metadata: Callable[[gguf.GGUFWriter], None],
 ) -> WrittenFile:
     """Write a file. Holds one tensor at a time, in 32-bit floats and in its type.
 
@@ -90,14 +88,14 @@ def write_file(
         path: File to write.
         tensors: What ``tensors.plan`` gave.
         wanted: One of the types that are written here.
-        config: The model's config.
-        family: Its row.
-        tokenizer: Its tokenizer.
-        name: Name of the model, for people.
+        arch: GGUF architecture.
+        metadata: Adds the keys; that of the file's type is there.
     """
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(path, arch)
     try:
-        _write_metadata(writer, wanted, config, family, tokenizer, name)
+        writer.add_file_type(_FILE_TYPES[wanted.name])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        metadata(writer)
         types: dict[str, Any] = {}
         kept: dict[str, str] = {}
         for tensor in tensors:
@@ -128,18 +126,23 @@ def _declare(writer: gguf.GGUFWriter, tensor: PlannedTensor, kind: Any) -> None:
     writer.add_tensor_info(tensor.name, shape, floats or np.dtype(np.uint8), size_of(tensor, kind), raw_dtype=kind)
 
 
-def _write_metadata(
-    writer: gguf.GGUFWriter,
-    wanted: FileType,
-    config: Any,
-    family: Family,
-    tokenizer: GGUFTokenizer,
-    name: str,
-) -> None:
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[wanted.name])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, (kind, value) in hyper_parameters(config, family).items():
-        getattr(writer, f"add_{kind}")(key, value)
-    tokenizer.write(writer)
+def model_metadata(
+    config: Any, family: Family, tokenizer: GGUFTokenizer, *, name: str
+) -> Callable[[gguf.GGUFWriter], None]:
+    """Return what adds a model's settings and tokenizer to a file.
+
+    Args:
+        config: The model's config.
+        family: Its row.
+        tokenizer: Its tokenizer.
+        name: Name of the model, for people.
+    """
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        for key, (kind, value) in hyper_parameters(config, family).items():
+            getattr(writer, f"add_{kind}")(key, value)
+        tokenizer.write(writer)
+
+    return add
