@@ -23,6 +23,8 @@ INSTALL = {
     "triton": "pip install 'pantheraml[gpu]'",
     "xformers": "pip install 'pantheraml[xformers]'",
     "gguf": "pip install 'pantheraml[gguf]'",
+    "torchao": "pip install 'pantheraml[torchao]'",
+    "compressed_tensors": "pip install 'pantheraml[compressed-tensors]'",
     "lm_eval": "pip install 'pantheraml[eval]'",
 }
 

@@ -37,6 +37,7 @@ __all__ = [
     "save_pretrained_ggml",
     "save_pretrained_gguf",
     "save_pretrained_merged",
+    "save_pretrained_torchao",
     "save_to_gguf",
     "unsloth_save_model",
 ]
@@ -111,7 +112,9 @@ def save_pretrained_merged(
         model: The model; it is not changed.
         save_directory: Folder to write; with ``push_to_hub`` also the name of the repository.
         tokenizer: Tokenizer or processor to write along, padding on the left.
-        save_method: ``"merged_16bit"`` (None means it) or ``"lora"``.
+        save_method: ``"merged_16bit"`` (None means it), ``"lora"``, ``"merged_4bit_forced"`` (bitsandbytes' nf4), or a
+            format of compressed-tensors or torchao: ``"fp8"``, ``"int8"``, ``"int4"``, ``"torchao_int8"``, ... (the
+            error for an unknown one lists them).
         push_to_hub: Upload the folder after it was written.
         token: Hub token.
         is_main_process: False on ranks that are not to write.
@@ -220,7 +223,7 @@ def push_to_hub_merged(
         model: The model; it is not changed.
         repo_id: ``"owner/name"``, or ``"name"`` under the token's owner.
         tokenizer: Tokenizer or processor to upload along.
-        save_method: ``"merged_16bit"`` (None means it) or ``"lora"``.
+        save_method: As in ``save_pretrained_merged``.
         use_temp_dir: False keeps the merged folder, named after the repository, in the working directory.
         commit_message: Title of the commit.
         private: Whether a new repository is private; None means the owner's default.
@@ -280,6 +283,65 @@ def push_to_hub_merged(
 
 def _names(values: Iterable[str] | None) -> list[str]:
     return [values] if isinstance(values, str) else list(values or ())
+
+
+def save_pretrained_torchao(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    torchao_config: Any = None,
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    is_main_process: bool = True,
+    verify: bool = True,
+) -> MergeReport | None:
+    """Merge the trained model, quantise it with torchao, and save that as a folder that transformers and vLLM load.
+
+    Args:
+        model: The model; it is not changed.
+        save_directory: Folder to write; with ``push_to_hub`` also the name of the repository.
+        tokenizer: Tokenizer or processor to write along.
+        torchao_config: A configuration of ``torchao.quantization``, such as ``Int8WeightOnlyConfig(version=2)``.
+        push_to_hub: Upload the folder after it was written.
+        token: Hub token.
+        max_shard_size: Largest file, in bytes or as ``"5GB"``.
+        is_main_process: False on ranks that are not to write.
+        verify: Reload what was written and compare its logits with the model's.
+
+    Returns:
+        What was done; None on ranks that do not write.
+
+    Raises:
+        ConfigError: there is no configuration.
+        MissingDependencyError: torchao is not installed.
+        UnsupportedError: torchao cannot quantise this model so on this device.
+        CheckpointError: nothing was written under the final name; the message says why.
+    """
+    if torchao_config is None:
+        raise ConfigError(
+            "no configuration of torchao was given",
+            where="argument torchao_config",
+            why="models are not trained quantisation-aware here, so none is known from training",
+            hint="for example torchao.quantization.Int8WeightOnlyConfig(version=2)",
+        )
+    target = HubTarget(str(save_directory), token) if push_to_hub else None
+    if target is not None and is_main_process and env.rank() == 0:
+        create_repo(target)
+    report = save_merged(
+        model,
+        save_directory,
+        tokenizer,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        is_main_process=is_main_process,
+        finish=(lambda folder: write_card(model, folder, tags=None, datasets=None)) if push_to_hub else None,
+        torchao_config=torchao_config,
+    )
+    if target is not None and report is not None:
+        upload(report.directory, target)
+    return report
 
 
 def save_lora(model: Any, save_directory: str | os.PathLike[str]) -> MergeReport | None:

@@ -114,12 +114,21 @@ def _header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _aligned(specs: Sequence[TensorSpec]) -> bool:
+    """Whether every tensor starts at a multiple of its item size; wide dtypes first always do."""
+    offset = 0
+    for spec in specs:
+        if offset % spec.dtype.itemsize:
+            return False
+        offset += spec.nbytes
+    return True
+
+
 def _write_shard(
     path: Path, specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor]
 ) -> dict[str, int]:
     checksums = {}
-    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
-    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    ordered = specs if _aligned(specs) else sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     with open(path, "wb") as file:
         file.write(_header(ordered, {"format": "pt"}))
         for spec in ordered:
@@ -150,8 +159,8 @@ def write_sharded(
     Args:
         directory: Existing folder to write into.
         specs: Names, shapes and dtypes, in the order in which they fill the shards.
-        produce: Called once for each spec, shard by shard (within a shard wide dtypes first); the tensor it returns, on
-            any device, is written and dropped before the next call.
+        produce: Called once for each spec, shard by shard (where alignment asks for it, wide dtypes first); the tensor
+            it returns, on any device, is written and dropped before the next call.
         max_shard_size: Bytes.
         stem: Start of the file names.
 

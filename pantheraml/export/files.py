@@ -22,7 +22,14 @@ def all_but(*patterns: str) -> Callable[[str], bool]:
     return lambda name: not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def write_config(base: PreTrainedModel, directory: Path, *, dtype: torch.dtype, untied: bool) -> None:
+def write_config(
+    base: PreTrainedModel,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    untied: bool,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Write ``config.json``, and ``generation_config.json`` for models that generate.
 
     Args:
@@ -30,11 +37,14 @@ def write_config(base: PreTrainedModel, directory: Path, *, dtype: torch.dtype, 
         directory: Existing folder.
         dtype: Dtype of the written weights.
         untied: Whether the output head is saved apart from the input embeddings although the model tied them.
+        quantization: The entry ``quantization_config``.
     """
     config = copy.deepcopy(base.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
+    if quantization is not None:
+        config.quantization_config = quantization
     config.dtype = dtype
     config.architectures = [type(base).__name__]
     text = config.get_text_config()

@@ -20,11 +20,13 @@ from ..errors import CheckpointError, ConfigError, ConflictError
 from ..models.record import ModelRecord, record_of
 from .adapter import save_adapter
 from .base import BaseUnavailableError, DenseWeights, check_adapters, open_base
+from .compressed import Compression
 from .files import SMALL_FILES, all_but, write_config, write_tokenizer
 from .layout import CheckpointLayout, Group
-from .methods import check_save_method
+from .methods import BNB_4BIT, COMPRESSED, TORCHAO, check_save_method
 from .parameters import MergedParameters, Parameter, adapter_modules, is_quantized, unwrapped
 from .report import MergeReport
+from .requantized import check_torchao_config, quantization_config, save_requantized
 from .verify import Verification, verify_merged
 
 MergeOnto = Literal["auto", "base", "dequantized"]
@@ -45,6 +47,7 @@ def save_merged(
     overwrite: bool = True,
     finish: Callable[[Path], None] | None = None,
     announce: bool = True,
+    torchao_config: Any = None,
 ) -> MergeReport | None:
     """Write the trained model so that plain transformers (or PEFT, for ``"lora"``) loads it.
 
@@ -57,7 +60,8 @@ def save_merged(
         model: A model with or without PEFT adapters; the active adapters are merged. It is not changed.
         directory: Folder to write. Other files of an existing folder stay; old weight files are replaced.
         tokenizer: Tokenizer or processor to write along, padding on the left.
-        save_method: ``"merged_16bit"`` (None means it) or ``"lora"`` (the adapter alone, for PEFT).
+        save_method: ``"merged_16bit"`` (None means it), ``"lora"`` (the adapter alone, for PEFT), or one of the
+            quantised formats in ``methods``.
         max_shard_size: Largest file, in bytes or as ``"5GB"``.
         verify: Reload what was written and compare it with ``model``.
         dtype: Dtype to write; None means the dtype the model was loaded in.
@@ -67,6 +71,8 @@ def save_merged(
         overwrite: Whether an existing folder may be replaced.
         finish: Called with the folder before it gets its name, to add files to it (a model card).
         announce: Tell in one line what was saved; False where the folder is a step of another export.
+        torchao_config: A configuration of torchao by which the merged weights are quantised; in place of
+            ``save_method``.
 
     Returns:
         The report; None on ranks that do not write.
@@ -89,10 +95,36 @@ def save_merged(
         return None
     if tokenizer is None:
         log.warning("no tokenizer was given, so the saved folder has none; pass tokenizer= to make it complete")
+    if method != "lora" and (Path(directory) / "adapter_config.json").exists():
+        raise ConflictError(
+            "the folder holds an adapter, which loaders would load in place of the merged model",
+            where=str(directory),
+            hint="write the merged model to another folder",
+        )
     if method == "lora":
         report = save_adapter(model, directory, tokenizer, overwrite=overwrite, finish=finish)
-    else:
+    elif torchao_config is not None or method == BNB_4BIT or method in TORCHAO:
+        if torchao_config is not None:
+            check_torchao_config(torchao_config)
+            method = "torchao"
         merge = _Merge(model, dtype, merge_onto)
+        report = save_requantized(
+            lambda folder: merge.write(folder, None, shard_size, None, verify=verify, overwrite=True),
+            merge.nbytes,
+            model,
+            merge.base,
+            Path(directory),
+            tokenizer,
+            quantization_config(method, merge.base, merge.dtype, torchao_config),
+            method=method,
+            replaced=_MERGED_FILES,
+            shard_size=shard_size,
+            verify=verify,
+            overwrite=overwrite,
+            finish=finish,
+        )
+    else:
+        merge = _Merge(model, dtype, merge_onto, method)
         report = merge.write(Path(directory), tokenizer, shard_size, finish, verify=verify, overwrite=overwrite)
     if announce:
         log.info(report.summary())
@@ -102,8 +134,11 @@ def save_merged(
 class _Merge:
     """One merged save: what goes into it, decided before anything is written."""
 
-    def __init__(self, model: Any, dtype: torch.dtype | None, merge_onto: MergeOnto) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype | None, merge_onto: MergeOnto, method: str = "merged_16bit"
+    ) -> None:
         self.model = model
+        self.method = method
         self.base: PreTrainedModel = unwrapped(model)
         self.record = record_of(model)
         self.dtype = dtype or _dtype_of(self.base, self.record)
@@ -114,6 +149,7 @@ class _Merge:
         self.entries = {n: e for n, e in entries.items() if n not in self.tied and n not in ignored}
         self.dropped_layers = {layer for name in self.tied for layer in entries[name].layers}
         self.layout = CheckpointLayout(self.base, [entry.spec for entry in self.entries.values()])
+        self.compression = Compression(self.base, self.layout, method) if method in COMPRESSED else None
         self.onto = self._choose_onto(merge_onto)
 
     def _choose_onto(self, merge_onto: MergeOnto) -> str:
@@ -145,6 +181,11 @@ class _Merge:
             return "dequantized"
         return str(folder.folder)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the unquantised weights."""
+        return sum(spec.nbytes for group in self.layout.groups for spec in group.outputs)
+
     def write(
         self,
         directory: Path,
@@ -156,13 +197,9 @@ class _Merge:
         overwrite: bool,
     ) -> MergeReport:
         start = time.monotonic()
-        if (directory / "adapter_config.json").exists():
-            raise ConflictError(
-                "the folder holds an adapter, which loaders would load in place of the merged model",
-                where=str(directory),
-                hint="write the merged model to another folder",
-            )
-        specs = [spec for group in self.layout.groups for spec in group.outputs]
+        compression = self.compression
+        dense = [spec for group in self.layout.groups for spec in group.outputs]
+        specs = dense if compression is None else [spec for entry in dense for spec in compression.specs(entry)]
         nbytes = sum(spec.nbytes for spec in specs)
         needed = nbytes + (SMALL_FILES if nbytes > SMALL_FILES else nbytes)
         verification = None
@@ -171,10 +208,11 @@ class _Merge:
             atomic_directory(directory, overwrite=overwrite, keep=all_but(*_MERGED_FILES)) as temporary,
         ):
             require_free(temporary, needed, what="the merged model")
-            producer = _Producer(self.layout, self.entries)
+            producer = _Producer(self.layout, self.entries, compression)
             written = write_sharded(temporary, specs, producer, max_shard_size=shard_size)
             merged = self._check_counts(producer)
-            write_config(self.base, temporary, dtype=self.dtype, untied=self.untied)
+            quantization = compression.config() if compression is not None else None
+            write_config(self.base, temporary, dtype=self.dtype, untied=self.untied, quantization=quantization)
             if tokenizer is not None:
                 write_tokenizer(tokenizer, temporary)
             if finish is not None:
@@ -183,7 +221,7 @@ class _Merge:
                 verification = self._verify(temporary, written, producer)
         return MergeReport(
             directory,
-            "merged_16bit",
+            self.method,
             merged,
             self.onto,
             self.dtype,
@@ -208,15 +246,19 @@ class _Merge:
         return len(expected)
 
     def _verify(self, directory: Path, written: Written, producer: _Producer) -> Verification:
+        compression = self.compression
+        compressed = compression.names if compression is not None else set()
+        as_written = {name: disk for name, disk in producer.renamed.items() if disk not in compressed}
         return verify_merged(
             directory,
             self.model,
             self.base,
             checksums=written.checksums,
-            in_memory=producer.checksums | {name: written.checksums[disk] for name, disk in producer.renamed.items()},
-            nbytes=written.nbytes,
+            in_memory=producer.checksums | {name: written.checksums[disk] for name, disk in as_written.items()},
+            nbytes=self.nbytes,
             dtype=self.dtype,
             changed_base=self._dense.folder is not None,
+            rounding=compression.logit_budget if compression is not None else None,
         )
 
 
@@ -229,10 +271,17 @@ class _Producer:
         renamed: Names on disk by names in memory, of parameters that are written as they are.
     """
 
-    def __init__(self, layout: CheckpointLayout, entries: dict[str, Parameter]) -> None:
+    def __init__(
+        self, layout: CheckpointLayout, entries: dict[str, Parameter], compression: Compression | None = None
+    ) -> None:
         self._layout = layout
         self._entries = entries
-        self._group_of: dict[str, Group] = {spec.name: group for group in layout.groups for spec in group.outputs}
+        self._compression = compression
+        self._group_of: dict[str, Group] = {}
+        for group in layout.groups:
+            for dense in group.outputs:
+                written = [dense] if compression is None else compression.specs(dense)
+                self._group_of |= dict.fromkeys((spec.name for spec in written), group)
         self._held: dict[str, torch.Tensor] = {}
         self.layers: set[str] = set()
         self.checksums: dict[str, int] = {}
@@ -247,10 +296,14 @@ class _Producer:
                 inputs[name] = entry.value()
                 self.layers.update(entry.layers)
                 if group.renamed:
-                    self.renamed[name] = spec.name
+                    self.renamed[name] = group.outputs[0].name
                 else:
                     self.checksums[name] = checksum(inputs[name])
-            self._held |= self._layout.convert(group, inputs)
+            for name, tensor in self._layout.convert(group, inputs).items():
+                if self._compression is not None and name in self._compression.names:
+                    self._held |= self._compression.tensors(name, tensor)
+                else:
+                    self._held[name] = tensor
         return self._held.pop(spec.name)
 
 

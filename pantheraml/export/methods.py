@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import ConfigError, UnsupportedError, nearest
 
-SAVE_METHODS = ("merged_16bit", "lora")
-_ELSEWHERE = {
-    "merged_4bit": "a merge into 4-bit weights rounds the adapter away; use 'merged_16bit', and load it in 4 bit",
-    "merged_4bit_forced": "it is not there yet; use 'merged_16bit', and load that with load_in_4bit=True",
-    "gguf": "it is not a merged folder; call save_pretrained_gguf",
+# save_method -> the preset of compressed-tensors that it means; see ``compressed``.
+COMPRESSED: dict[str, str] = {
+    **dict.fromkeys(("fp8", "fp8_dynamic", "w8a8_fp8"), "FP8_DYNAMIC"),
+    "fp8_block": "FP8_BLOCK",
+    **dict.fromkeys(("int8", "w8a8", "w8a8_int8"), "W8A8"),
+    **dict.fromkeys(("w8a16", "int8_weight"), "W8A16"),
+    **dict.fromkeys(("w4a16", "int4"), "W4A16"),
+    "w4a8": "W4A8",
+    "w4afp8": "W4AFP8",
+    "mxfp8": "MXFP8",
+    "mxfp4a16": "MXFP4A16",
 }
-QUANTIZED_METHODS = (
-    *("mxfp4", "fp8", "fp8_dynamic", "w8a8_fp8", "fp8_static", "fp8_block", "int8", "w8a8", "w8a8_int8", "w8a16"),
-    *("int8_weight", "w4a16", "int4", "w4a16_asym", "w4a8", "w4afp8", "mxfp8", "mxfp4a16", "nvfp4", "nvfp4a16"),
-    *("torchao_fp8", "torchao_int8", "portable_fp8", "portable_int8"),
-)
+# save_method -> torchao's configuration class and its arguments; see ``requantized``.
+TORCHAO: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys(("torchao_fp8", "portable_fp8"), ("Float8WeightOnlyConfig", {})),
+    **dict.fromkeys(("torchao_int8", "portable_int8"), ("Int8WeightOnlyConfig", {"version": 2})),
+}
+BNB_4BIT = "merged_4bit_forced"
+SAVE_METHODS = ("merged_16bit", "lora", BNB_4BIT, *COMPRESSED, *TORCHAO)
+
+_CALIBRATED = "its scales come from a run over data; quantise a 'merged_16bit' folder with llm-compressor"
+_ELSEWHERE = {
+    "merged_4bit": "rounding the merged weights to 4 bits takes away a part of what the adapter learnt; "
+    "'merged_4bit_forced' does it all the same, and loading a 'merged_16bit' folder with load_in_4bit=True gives the "
+    "same weights",
+    "gguf": "it is not a merged folder; call save_pretrained_gguf",
+    "mxfp4": "gpt-oss is written in 16 bit, or by save_pretrained_gguf with quantization_method='mxfp4'",
+    "w4a16_asym": "transformers does not load its zero points as they are packed, so that it could not be verified; "
+    "use 'w4a16'",
+    **dict.fromkeys(("fp8_static", "nvfp4", "nvfp4a16"), _CALIBRATED),
+}
 
 
 def check_save_method(save_method: str | None) -> str:
@@ -35,13 +57,7 @@ def check_save_method(save_method: str | None) -> str:
             why=_ELSEWHERE[method],
             hint=f"the methods are {known}",
         )
-    if method in QUANTIZED_METHODS:
-        raise UnsupportedError(
-            f"writing {save_method!r} checkpoints is not there yet",
-            where="argument save_method",
-            hint=f"write 'merged_16bit' and quantise that folder; the methods are {known}",
-        )
-    close = nearest(method, [*SAVE_METHODS, *_ELSEWHERE, *QUANTIZED_METHODS])
+    close = nearest(method, [*SAVE_METHODS, *_ELSEWHERE])
     raise ConfigError(
         f"unknown save method {save_method!r}" + (f"; did you mean {close!r}?" if close else ""),
         where="argument save_method",

@@ -85,7 +85,8 @@ def _check_values(request: AdapterRequest) -> None:
         raise UnsupportedError(
             f"quantisation-aware training (qat_scheme={request.qat_scheme!r}) is not available in this release",
             where="argument qat_scheme",
-            hint="train without it and quantise on export",
+            hint="train without it, and save in 8 or 4 bits: save_pretrained_merged with save_method='fp8', 'int8' or "
+            "'int4', or save_pretrained_torchao",
         )
     known = {item.name for item in dataclasses.fields(_lora_config_class())}
     if not known >= set(request.extra):

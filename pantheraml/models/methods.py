@@ -18,6 +18,7 @@ MODEL_METHODS: dict[str, str] = {
     "push_to_hub_gguf": "pantheraml.save:push_to_hub_gguf",
     "save_pretrained_ggml": "pantheraml.save:save_pretrained_ggml",
     "push_to_hub_ggml": "pantheraml.save:push_to_hub_ggml",
+    "save_pretrained_torchao": "pantheraml.save:save_pretrained_torchao",
     "save_lora": "pantheraml.save:save_lora",
     "fast_generate": "pantheraml.models.inference:fast_generate",
 }

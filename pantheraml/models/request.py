@@ -98,7 +98,12 @@ class LoadRequest:
 # Options that nothing here honours yet: (name, value that means "off", what to do instead).
 _UNAVAILABLE = (
     ("float8_kv_cache", False, "it is a setting of the inference engine; leave it out"),
-    ("qat_scheme", None, "train without it and quantise on export"),
+    (
+        "qat_scheme",
+        None,
+        "train without it, and save in 8 or 4 bits: save_pretrained_merged with save_method='fp8', "
+        "'int8' or 'int4', or save_pretrained_torchao",
+    ),
     ("unsloth_tiled_mlp", False, "leave it out; a shorter max_seq_length or a smaller batch saves memory too"),
     ("unsloth_force_compile", False, "leave it out"),
     ("unsloth_vllm_standby", False, "it is a setting of the inference engine; leave it out"),

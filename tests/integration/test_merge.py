@@ -373,8 +373,8 @@ def test_lora_saves_what_plain_peft_loads(tmp_path, tiny_llama_dir, tiny_tokeniz
 
 BAD_OPTIONS = {
     "unknown-method": ({"save_method": "merged_16bits"}, ConfigError, "did you mean 'merged_16bit'"),
-    "merged_4bit": ({"save_method": "merged_4bit"}, UnsupportedError, "rounds the adapter away"),
-    "fp8": ({"save_method": "fp8"}, UnsupportedError, "not there yet"),
+    "merged_4bit": ({"save_method": "merged_4bit"}, UnsupportedError, "merged_4bit_forced"),
+    "fp8_static": ({"save_method": "fp8_static"}, UnsupportedError, "llm-compressor"),
     "pickle": ({"safe_serialization": False}, ConfigError, "safetensors"),
     "state-dict": ({"state_dict": {}}, UnsupportedError, "state_dict"),
     "save-function": ({"save_function": print}, UnsupportedError, "save_function"),

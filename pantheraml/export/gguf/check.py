@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +57,6 @@ class FileCheck:
         if self.deviation is not None:
             return f"reloaded by transformers: logits deviate by {self.deviation:.2g}"
         return f"{self.tensors} tensors and the settings read back and compared ({self.note})"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No messages and no progress bars of transformers; the bars of its GGUF loader have no switch of their own."""
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 class Checker:
@@ -161,7 +151,7 @@ class Checker:
         """Encode with the tokenizer that transformers builds from the file, where it follows the file's rule."""
         if not loader_follows(self._written):
             return
-        with _quiet():
+        with quiet_transformers():
             loaded: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         if loaded.chat_template != self._written.chat_templates.get("default"):
             raise CheckpointError("the chat template that transformers reads is not the tokenizer's", where=path.name)
@@ -182,7 +172,7 @@ class Checker:
 
     def _check_logits(self, path: Path, wanted: FileType) -> float:
         inputs, reference = self._reference or self._compute_reference()
-        with _quiet():
+        with quiet_transformers():
             try:
                 config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
                 self._compare_config(config, path)
@@ -207,7 +197,7 @@ class Checker:
         return found
 
     def _compute_reference(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        with _quiet():
+        with quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 str(self._folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
