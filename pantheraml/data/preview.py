@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import statistics
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-import jinja2
 from datasets import Dataset
 
 from ..errors import DataError
 from . import formats
+from .control import control_tokens
+from .encoding import Encoded, Encoder, RefusedRowError
 from .formats import Kind
-from .markers import render
 from .masking import IGNORED, response_masker
 from .pieces import Pieces, pieces_of, text_part, unmarked
 from .responses import Labeller
@@ -26,7 +25,6 @@ from .responses import Labeller
 _BINS = 10
 _STEPS = (1, 2, 5, 10)
 _BATCH = 500
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
 @dataclass
@@ -78,11 +76,9 @@ class Preview:
         truncated: Rows longer than ``max_length``.
         empty: Rows without a trained token; ``cut_off`` counts those that had one before they were cut.
         cut_off: See ``empty``.
-        control: Rows whose content spells a special token, which the tokenizer reads as that token; None where texts
-            come with their special tokens.
+        control: Rows whose content spells a special token: in messages it stays text, in texts the tokenizer reads it
+            as that token. None where texts come with their special tokens.
         double_bos: Rows that begin with two beginning-of-sequence tokens.
-        spelt_bos: Rows that spell the token which the tokenizer adds too, and that get one of them only, as training
-            gives to data whose first row is like that.
         tokens: Tokens of the trained rows after cutting.
         supervised: Those of them that are trained.
         sequences: Sequences of ``max_length`` that best-fit packing needs for the trained rows.
@@ -96,7 +92,6 @@ class Preview:
     cut_off: int = 0
     control: Finding | None = None
     double_bos: Finding = field(default_factory=Finding)
-    spelt_bos: Finding = field(default_factory=Finding)
     tokens: int = 0
     supervised: int = 0
     sequences: int = 0
@@ -178,97 +173,26 @@ def segments(ids: Sequence[int], labels: Sequence[int], pieces: Pieces) -> list[
     return found
 
 
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that the tokenizer reads out of plain text, longest first."""
-    inner = text_part(tokenizer)
-    if getattr(inner, "split_special_tokens", False):
-        return ()
-    special = {token.content for token in inner.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(filter(str.strip, special), key=lambda token: (-len(token), token)))
+def _is_chat(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
-def _contents(row: Mapping[str, Any]) -> Iterator[str]:
-    """What people wrote in a checked row; template and end tokens are not part of it."""
+def _spelt(row: Mapping[str, Any], tokens: Sequence[str], tokenizer: Any) -> str | None:
+    """The first special token that a row's texts spell; a BOS at their start and an EOS at their end are meant."""
     for value in row.values():
         if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            for message in value:
-                content = message.get("content") if isinstance(message, Mapping) else None
-                parts = content if isinstance(content, list) else [{"text": content}]
-                yield from (part["text"] for part in parts if isinstance(part.get("text"), str))
-
-
-def _typed(row: Mapping[str, Any], tokens: Sequence[str], tokenizer: Any) -> str | None:
-    """The first special token that a row's contents spell; a BOS at their start and an EOS at their end are meant."""
-    for text in _contents(row):
-        text = text.strip()
-        text = text.removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
-        found = next((token for token in tokens if token in text), None)
-        if found is not None:
-            return found
+            text = value.strip().removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
+            found = next((token for token in tokens if token in text), None)
+            if found is not None:
+                return found
     return None
 
 
-class _Encoder:
-    """Token ids and labels of training rows, as TRL's ``SFTTrainer`` makes them for an adapted model."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.inner = text_part(tokenizer)
-        bos = self.inner.bos_token_id
-        self.adds_bos = bos is not None and self.inner("a")["input_ids"][:1] == [bos]
-        self.one_bos = False
-
-    def begin(self, row: Mapping[str, Any]) -> None:
-        """Take the first row: when it spells the BOS that the tokenizer adds, training sees to one in every row."""
-        self.one_bos = self.spells_bos(row)
-
-    def spells_bos(self, row: Mapping[str, Any]) -> bool:
-        """Whether a text begins with the beginning-of-sequence token that the tokenizer adds by itself."""
-        text = row.get("prompt", row.get("text"))
-        return self.adds_bos and isinstance(text, str) and text.lstrip().startswith(self.inner.bos_token)
-
-    def __call__(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Token ids and labels, not cut."""
-        if "input_ids" in row:
-            return row["input_ids"], list(row["input_ids"])
-        if "messages" in row:
-            ids = self._chat(row["messages"], row)
-            return ids, list(ids)
-        if "text" in row:
-            ids = self._text(self._ended(row["text"]))
-            return ids, list(ids)
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list):
-            start = self._chat(prompt, row, add_generation_prompt=True)
-            ids = self._chat([*prompt, *completion], row)
-        else:
-            start, ids = self._text(prompt), self._text(self._ended(prompt + completion))
-        shared = next((i for i, (a, b) in enumerate(zip(start, ids)) if a != b), min(len(start), len(ids)))
-        return ids, [IGNORED] * shared + ids[shared:]
-
-    def _text(self, text: str) -> list[int]:
-        own = self.one_bos and self.spells_bos({"text": text})
-        return self.inner(text, add_special_tokens=not own, verbose=False)["input_ids"]
-
-    def _ended(self, text: str) -> str:
-        end = self.inner.eos_token
-        return text if not end or text.endswith(end) else text + end
-
-    def _chat(self, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any], **options: Any) -> list[int]:
-        tools = row.get("tools")
-        if tools:
-            options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        text = render([dict(message) for message in messages], self.tokenizer, **options)
-        return self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter(batch_size=_BATCH):
-        names = list(batch)
-        for values in zip(*(batch[name] for name in names), strict=True):
-            yield dict(zip(names, values))
+def _batches(dataset: Dataset) -> Iterator[tuple[dict[str, list[Any]], list[dict[str, Any]]]]:
+    """Batches of rows by column and row by row."""
+    for columns in dataset.iter(batch_size=_BATCH):
+        batch = cast("dict[str, list[Any]]", columns)
+        yield batch, [dict(zip(batch, values)) for values in zip(*batch.values(), strict=True)]
 
 
 def look(
@@ -306,9 +230,9 @@ def look(
     """
     chunks = "input_ids" in checked.column_names
     training = checked if chunks else formats.render(checked, kind, tokenizer)
-    encode, pieces, inner = _Encoder(tokenizer), pieces_of(tokenizer), text_part(tokenizer)
+    encode, pieces, inner = Encoder(tokenizer), pieces_of(tokenizer), text_part(tokenizer)
+    encode.begin()
     label = Labeller(response_masker(tokenizer), tokenizer) if responses_only else None
-    encode.begin(training[0])
     controls = control_tokens(tokenizer)
     preview = Preview(max_length, control=None if kind == "text" else Finding())
     kept = array("Q")
@@ -316,36 +240,43 @@ def look(
     def labelled(row: Mapping[str, Any], ids: list[int], labels: list[int]) -> list[int]:
         return label({**row, "input_ids": ids, "labels": labels})["labels"] if label else labels
 
-    for index, (written, row) in enumerate(zip(_rows(checked), _rows(training), strict=True)):
-        place = origin(index)
+    index = -1
+    for (_, written), (columns, rows) in zip(_batches(checked), _batches(training), strict=True):
         try:
-            ids, every = encode(row)
-        except _TEMPLATE_ERRORS as error:
+            encoded = Encoded(columns["input_ids"], [0] * len(rows), [None] * len(rows)) if chunks else encode(columns)
+        except RefusedRowError as error:
             raise DataError(
-                "the chat template refuses a conversation", where=place, why=str(error), hint="mend or drop the row"
+                "the chat template refuses a conversation",
+                where=origin(index + 1 + error.index),
+                why=str(error),
+                hint="mend or drop the row",
             ) from error
-        cut_ids = ids[:max_length]
-        labels = labelled(row, cut_ids, every[:max_length])
-        trained = sum(token != IGNORED for token in labels)
-        preview.lengths.append(len(ids))
-        if len(ids) > max_length:
-            preview.truncated.add(place)
-        if not trained:
-            preview.empty.add(place)
-            had = len(ids) > max_length and any(token != IGNORED for token in labelled(row, ids, every))
-            preview.cut_off += had
-        if trained or packing:
-            kept.append(len(cut_ids))
-            preview.supervised += trained
-        if inner.bos_token_id is not None and ids[:2] == [inner.bos_token_id] * 2:
-            preview.double_bos.add(place)
-        if encode.one_bos and encode.spells_bos(row):
-            preview.spelt_bos.add(place)
-        if preview.control is not None and (token := _typed(written, controls, inner)) is not None:
-            preview.control.add(place, token)
-        if index < shown:
-            runs = segments(cut_ids, labels, pieces)
-            preview.examples.append(Example(place, len(ids), len(ids) - len(cut_ids), runs))
+        for row, source, ids, start, typed in zip(rows, written, encoded.ids, encoded.starts, encoded.typed):
+            index += 1
+            place = origin(index)
+            every = [IGNORED] * start + ids[start:]
+            cut_ids = ids[:max_length]
+            labels = labelled(row, cut_ids, every[:max_length])
+            trained = sum(token != IGNORED for token in labels)
+            preview.lengths.append(len(ids))
+            if len(ids) > max_length:
+                preview.truncated.add(place)
+            if not trained:
+                preview.empty.add(place)
+                had = len(ids) > max_length and any(token != IGNORED for token in labelled(row, ids, every))
+                preview.cut_off += had
+            if trained or packing:
+                kept.append(len(cut_ids))
+                preview.supervised += trained
+            if inner.bos_token_id is not None and ids[:2] == [inner.bos_token_id] * 2:
+                preview.double_bos.add(place)
+            if preview.control is not None:
+                found = typed or (None if _is_chat(row) else _spelt(source, controls, inner))
+                if found is not None:
+                    preview.control.add(place, found)
+            if index < shown:
+                runs = segments(cut_ids, labels, pieces)
+                preview.examples.append(Example(place, len(ids), len(ids) - len(cut_ids), runs))
     preview.tokens = sum(kept)
     preview.sequences = packed_sequences(kept, max_length)
     return preview

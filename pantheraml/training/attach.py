@@ -30,7 +30,7 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import padding_free, ranks, report, rows, states
+from . import padding_free, preparation, ranks, report, rows, states
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
 from .guards import NonFiniteGuard
@@ -89,9 +89,10 @@ def before_init(
         vars(trainer)["_pantheraml_formatting"] = formatting
         for name in ("train", "eval"):
             key = f"{name}_dataset"
-            prepared = rows.prepare(arguments.get(key), args, arguments.get("processing_class"), formatting, name=name)
+            prepared = rows.prepare(arguments.get(key), args, formatting, name=name)
             if key in arguments:
                 arguments[key] = prepared
+        preparation.install(trainer)
     padding_free.settle(trainer, arguments, explicit)
     if not has_checkpointing_kwargs(explicit):
         # The model's own plan recomputes activations; TRL would prepare the model for another kind.
@@ -171,9 +172,7 @@ def _prepare_evaluations(trainer: Any) -> None:
 
     @functools.wraps(original)
     def evaluate(eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        eval_dataset = rows.prepare(
-            eval_dataset, trainer.args, trainer.processing_class, formatting, name="eval", only_if_needed=True
-        )
+        eval_dataset = rows.prepare(eval_dataset, trainer.args, formatting, name="eval", only_if_needed=True)
         return original(eval_dataset, *args, **kwargs)
 
     trainer.evaluate = evaluate

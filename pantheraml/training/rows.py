@@ -1,4 +1,4 @@
-"""What TRL is given to train on: rows it can use, tokenised as the user's texts mean it."""
+"""What TRL is given to train on: rows it can use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 import psutil
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from .. import log
 from ..errors import DataError
-from ..models.tokenizers import has_double_bos
 
 IGNORED = -100
 SAMPLED_ROWS = 100
@@ -31,18 +29,16 @@ _USABLE = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completio
 def prepare(
     dataset: Any,
     args: Any,
-    tokenizer: Any,
     formatting_func: Callable[..., Any] | None,
     *,
     name: str,
     only_if_needed: bool = False,
 ) -> Any:
-    """Return ``dataset`` with a column that TRL can use, and tokenised where TRL would add a second BOS.
+    """Return ``dataset`` with a column that can be trained on.
 
     Args:
         dataset: A ``datasets`` data set, a dict of them, or None.
         args: The SFT config: ``dataset_text_field`` and ``dataset_num_proc`` are read.
-        tokenizer: The processing class.
         formatting_func: The user's function from a row to a text, from a row to a list of texts, or from a batch of
             rows to as many texts; None when the rows have their text.
         name: What messages call the data set.
@@ -56,7 +52,7 @@ def prepare(
     """
     if isinstance(dataset, dict):
         return {
-            key: prepare(part, args, tokenizer, formatting_func, name=key, only_if_needed=only_if_needed)
+            key: prepare(part, args, formatting_func, name=key, only_if_needed=only_if_needed)
             for key, part in dataset.items()
         }
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -78,9 +74,6 @@ def prepare(
             hint="name the text column with dataset_text_field, pass formatting_func, or provide 'messages' or "
             "'prompt' and 'completion'",
         )
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and _doubles_bos(first, args.dataset_text_field, tokenizer):
-        log.once(f"the texts begin with {tokenizer.bos_token} already: no second one is added")
-        dataset = _tokenised(dataset, args.dataset_text_field, tokenizer, workers)
     return dataset
 
 
@@ -140,35 +133,6 @@ def _is_batched(function: Callable[..., Any], batch: Mapping[str, list[Any]]) ->
         return False
     count = len(next(iter(batch.values())))
     return isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
-
-
-def _doubles_bos(row: Mapping[str, Any], field: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    if "input_ids" in row:
-        return False
-    text = row.get("prompt", row.get(field))
-    return isinstance(text, str) and has_double_bos(tokenizer, text)
-
-
-def _tokenised(
-    dataset: Dataset | IterableDataset, field: str, tokenizer: PreTrainedTokenizerBase, workers: dict[str, Any]
-) -> Any:
-    """Tokenise as TRL does, each text with one BOS: its own, or the tokenizer's where it has none."""
-    eos = tokenizer.eos_token
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=not has_double_bos(tokenizer, text))["input_ids"]
-
-    def ended(text: str) -> str:
-        return text if eos is None or text.endswith(eos) else text + eos
-
-    def tokenise(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        if "prompt" not in row:
-            return {"input_ids": encode(ended(row[field]))}
-        prompt, whole = encode(row["prompt"]), encode(ended(row["prompt"] + row["completion"]))
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
-        return {"input_ids": whole, "completion_mask": [0] * shared + [1] * (len(whole) - shared)}
-
-    return dataset.map(tokenise, **workers)
 
 
 def check_labels(dataset: Any) -> None:

@@ -75,7 +75,7 @@ def test_json_record(tmp_path, tokenizer_dir, capsys):
     assert "[[general greetings</s>]]" in err
     assert record["format"] == "messages"
     assert record["rows"] == 2
-    assert record["control_tokens"] == {"rows": 1, "first": f"{path}:2", "detail": "<|assistant|>"}
+    assert record["control_tokens"] == {"rows": 1, "first": f"{path}:2", "detail": "</s>"}
     assert sum(entry["rows"] for entry in record["lengths"]["histogram"]) == 2
     assert record["packing"]["sequences"] == 1
     assert record["tokens"]["share"] == record["tokens"]["supervised"] / record["tokens"]["total"]

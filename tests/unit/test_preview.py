@@ -165,13 +165,10 @@ def test_control_tokens_that_the_tokenizer_leaves_as_text_are_none(tiny_tokenize
     assert control_tokens(tokenizer) == ()
 
 
-def test_double_bos_is_told_from_a_spelt_one(tiny_tokenizer):
-    preview = seen([{"text": "<s>fox"}, {"text": "fox"}], tiny_tokenizer)
-    assert (preview.spelt_bos.rows, preview.double_bos.rows) == (1, 0)
-    assert preview.lengths[0] == preview.lengths[1]
-    # Training looks at the first row.
+def test_a_spelt_bos_is_not_doubled_and_a_templates_is_told(tiny_tokenizer):
     preview = seen([{"text": "fox"}, {"text": "<s>fox"}], tiny_tokenizer)
-    assert (preview.spelt_bos.rows, preview.double_bos.rows, preview.double_bos.first) == (0, 1, "row 2")
+    assert preview.double_bos.rows == 0
+    assert preview.lengths[0] == preview.lengths[1]
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     preview = seen([{"messages": CHAT}], tokenizer)

@@ -194,23 +194,23 @@ def test_checkpointing_mode(own, given, expected):
 # ---- rows
 
 
-def prepared(dataset, tokenizer, formatting=None, **options):
-    return rows.prepare(dataset, settled(**options), tokenizer, formatting, name="train")
+def prepared(dataset, formatting=None, **options):
+    return rows.prepare(dataset, settled(**options), formatting, name="train")
 
 
-def test_usable_columns_are_left_as_they_are(tiny_tokenizer):
+def test_usable_columns_are_left_as_they_are():
     dataset = texts()
-    assert prepared(dataset, tiny_tokenizer) is dataset
+    assert prepared(dataset) is dataset
 
 
-def test_no_usable_column_names_those_found(tiny_tokenizer):
+def test_no_usable_column_names_those_found():
     with pytest.raises(DataError, match=r"'question', 'answer'"):
-        prepared(Dataset.from_dict({"question": ["a"], "answer": ["b"]}), tiny_tokenizer)
+        prepared(Dataset.from_dict({"question": ["a"], "answer": ["b"]}))
 
 
-def test_no_rows(tiny_tokenizer):
+def test_no_rows():
     with pytest.raises(DataError, match="no rows"):
-        prepared(Dataset.from_dict({"text": []}), tiny_tokenizer)
+        prepared(Dataset.from_dict({"text": []}))
 
 
 FUNCTIONS = {
@@ -222,39 +222,24 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_formatting_functions_of_every_kind(name, count, tiny_tokenizer):
+def test_formatting_functions_of_every_kind(name, count):
     dataset = Dataset.from_dict({"q": [f"q{i}" for i in range(count)], "a": [f"a{i}" for i in range(count)]})
-    result = prepared(dataset, tiny_tokenizer, FUNCTIONS[name])
+    result = prepared(dataset, FUNCTIONS[name])
     assert result["text"][:] == [f"Q: q{i} A: a{i}" for i in range(count)]
-    streamed = prepared(dataset.to_iterable_dataset(), tiny_tokenizer, FUNCTIONS[name])
+    streamed = prepared(dataset.to_iterable_dataset(), FUNCTIONS[name])
     assert [row["text"] for row in streamed] == result["text"][:]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_formatting_function_with_two_texts_a_row(count, tiny_tokenizer):
+def test_a_formatting_function_with_two_texts_a_row(count):
     dataset = Dataset.from_dict({"q": [f"q{i}" for i in range(count)], "a": [f"a{i}" for i in range(count)]})
-    result = prepared(dataset, tiny_tokenizer, lambda row: [f"{row['q']}", f"{row['a']}"])
+    result = prepared(dataset, lambda row: [f"{row['q']}", f"{row['a']}"])
     assert result["text"][:] == [text for i in range(count) for text in (f"q{i}", f"a{i}")]
 
 
-def test_a_formatting_function_without_text(tiny_tokenizer):
+def test_a_formatting_function_without_text():
     with pytest.raises(DataError, match="returned dict"):
-        prepared(texts(), tiny_tokenizer, lambda row: {"text": "a"})
-
-
-def test_one_bos_in_every_row(tiny_tokenizer):
-    dataset = Dataset.from_dict({"text": ["<s>hello", "hello", "<s>hello</s>"]})
-    ids = prepared(dataset, tiny_tokenizer)["input_ids"]
-    assert [row.count(tiny_tokenizer.bos_token_id) for row in ids] == [1, 1, 1]
-    assert ids[0] == ids[1] == ids[2]
-
-
-def test_one_bos_before_a_prompt(tiny_tokenizer):
-    dataset = Dataset.from_dict({"prompt": ["<s>two plus two"], "completion": [" four"]})
-    row = prepared(dataset, tiny_tokenizer)[0]
-    assert row["input_ids"].count(tiny_tokenizer.bos_token_id) == 1
-    completion = [token for token, mask in zip(row["input_ids"], row["completion_mask"]) if mask]
-    assert tiny_tokenizer.decode(completion) == " four</s>"
+        prepared(texts(), lambda row: {"text": "a"})
 
 
 def labelled(masked: int, total: int) -> Dataset:

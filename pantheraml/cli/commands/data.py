@@ -140,9 +140,8 @@ def _show(preview: Preview, output: Output, *, packing: bool) -> None:
         ),
     ]
     findings = (
-        ("control tokens typed", preview.control, "the tokenizer reads them as tokens, not as text"),
+        ("control tokens typed", preview.control, "in messages they stay text, in texts they are read as tokens"),
         ("begin with two BOS", preview.double_bos, "a model is not used to it"),
-        ("spell the BOS", preview.spelt_bos, "the tokenizer would add it too; training sees to one"),
     )
     told = [(name, finding, why) for name, finding, why in findings if finding is not None and finding.rows]
     facts += [(name, _percent(finding.rows, rows) + _first(finding)) for name, finding, _ in told]
@@ -182,7 +181,6 @@ def _note(preview: Preview, output: Output, *, packing: bool) -> None:
         packing={"enabled": packing, "sequences": preview.sequences, "efficiency": preview.efficiency},
         control_tokens=dataclasses.asdict(preview.control) if preview.control is not None else None,
         double_bos=dataclasses.asdict(preview.double_bos),
-        spelt_bos=dataclasses.asdict(preview.spelt_bos),
         examples=[
             {
                 "place": example.place,

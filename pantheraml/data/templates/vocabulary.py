@@ -23,16 +23,14 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
-def rename_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
-    """Give tokens new names in place: same ids, same embeddings, no growth.
-
-    The idea of renaming the end token instead of training a new one is Unsloth's.
+def renamed(backend: Any, names: Mapping[str, str]) -> Any:
+    """A copy of a ``tokenizers.Tokenizer`` whose tokens have new names and the same ids.
 
     Args:
-        tokenizer: A tokenizer of the ``tokenizers`` library.
+        backend: The tokenizer.
         names: Old to new names. The new ones must not be in the vocabulary.
     """
-    data = json.loads(tokenizer._tokenizer.to_str())
+    data = json.loads(backend.to_str())
     for token in data["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = data["model"]
@@ -44,7 +42,19 @@ def rename_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     data["post_processor"] = _renamed(data.get("post_processor"), names)
     data["padding"] = _renamed(data.get("padding"), names)
-    tokenizer._tokenizer = type(tokenizer._tokenizer).from_str(json.dumps(data))
+    return type(backend).from_str(json.dumps(data))
+
+
+def rename_tokens(tokenizer: Any, names: Mapping[str, str]) -> None:
+    """Give tokens new names in place: same ids, same embeddings, no growth.
+
+    The idea of renaming the end token instead of training a new one is Unsloth's.
+
+    Args:
+        tokenizer: A tokenizer of the ``tokenizers`` library.
+        names: Old to new names. The new ones must not be in the vocabulary.
+    """
+    tokenizer._tokenizer = renamed(tokenizer._tokenizer, names)
     for attribute, value in dict(tokenizer.special_tokens_map).items():
         if isinstance(value, str) and value in names:
             setattr(tokenizer, attribute, names[value])

@@ -1,0 +1,137 @@
+"""Control tokens that people type into messages stay text: the tokenizer reads only those that the template writes.
+
+A message with ``<|im_end|>`` in it would otherwise end its turn in the token ids, whatever the chat template means by
+it. In a conversation that spells a control token, what was typed is hidden behind a letter of a private-use area while
+the template is rendered. Then the control tokens of the rendering, all written by the template now, get letters of
+their own, what was typed comes back, and the text is encoded by a copy of the tokenizer that knows the control tokens
+by those letters only. Every other conversation is encoded as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+from .markers import detect_markers
+from .pieces import text_part
+from .templates.vocabulary import can_rename, renamed
+
+# The last letters of the last private-use plane: http://www.unicode.org/faq/private_use.html
+_END = 0x10FFFE
+_REPLACEMENT = "\ufffd"
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens that the tokenizer reads out of plain text, longest first."""
+    inner = text_part(tokenizer)
+    if getattr(inner, "split_special_tokens", False):
+        return ()
+    special = {token.content for token in inner.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(filter(str.strip, special), key=lambda token: (-len(token), token)))
+
+
+class TypedControl:
+    """Finds control tokens in messages, and encodes conversations that have some.
+
+    In what the assistant writes, only the tokens that delimit turns are taken for typed; others, such as those around
+    a tool call, are the model's to write. So is an end token at the very end of a reply.
+
+    Args:
+        tokenizer: Tokenizer or processor with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._inner = text_part(tokenizer)
+        tokens = control_tokens(tokenizer) if can_rename(self._inner) else ()
+        first = _END - 2 * len(tokens)
+        self._hidden = {token: chr(first + index) for index, token in enumerate(tokens)}
+        self._alias = {token: chr(first + len(tokens) + index) for index, token in enumerate(tokens)}
+        self._typed_by = {letter: token for token, letter in self._hidden.items()}
+        reserved = f"[{chr(first)}-{chr(_END - 1)}]" if tokens else "(?!)"
+        delimiters, self._ends = _delimiters(tokenizer, tokens)
+        self._anyone = _pattern((*map(re.escape, tokens), reserved))
+        self._assistant = _pattern((*map(re.escape, delimiters), reserved))
+        self._written = _pattern((*map(re.escape, tokens), *self._typed_by))
+
+    def typed(self, chat: Sequence[Mapping[str, Any]], tools: Any = None) -> str | None:
+        """The first control token that ``chat`` or ``tools`` spells and that stays text; None when there is none."""
+        for message in chat:
+            pattern = self._assistant if message.get("role") == "assistant" else self._anyone
+            found = self._find(message, pattern)
+            if found is not None:
+                return found
+        return self._find(tools, self._anyone) if tools else None
+
+    def hide(self, chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """``chat`` with a letter in place of each control token that stays text, for rendering."""
+        return [
+            self._hide(message, self._assistant if message.get("role") == "assistant" else self._anyone)
+            for message in chat
+        ]
+
+    def hide_all(self, value: Any) -> Any:
+        """``value``, the description of tools for example, with a letter in place of each control token."""
+        return self._hide(value, self._anyone)
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids of the rendering of a conversation that ``hide`` returned; no special token is added."""
+        text = self._written.sub(self._settle, rendered)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def text(self, rendered: str) -> str:
+        """The rendering as people read it, with what was typed in its place."""
+        return self._written.sub(lambda match: self._typed_by.get(match[0], match[0]), rendered)
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        return renamed(self._inner._tokenizer, self._alias)
+
+    def _settle(self, match: re.Match[str]) -> str:
+        return self._alias[match[0]] if match[0] in self._alias else self._typed_by[match[0]]
+
+    def _find(self, value: Any, pattern: re.Pattern[str]) -> str | None:
+        if isinstance(value, str):
+            match = pattern.search(value, 0, self._reach(value, pattern))
+            return match[0] if match else None
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        return next((found for key, part in parts if key != "role" and (found := self._find(part, pattern))), None)
+
+    def _hide(self, value: Any, pattern: re.Pattern[str]) -> Any:
+        if isinstance(value, str):
+            reach = self._reach(value, pattern)
+            return pattern.sub(lambda match: self._hidden.get(match[0], _REPLACEMENT), value[:reach]) + value[reach:]
+        if isinstance(value, Mapping):
+            return {key: part if key == "role" else self._hide(part, pattern) for key, part in value.items()}
+        return [self._hide(part, pattern) for part in value] if isinstance(value, list) else value
+
+    def _reach(self, value: str, pattern: re.Pattern[str]) -> int:
+        """Where the typed text ends: before an end token that closes a reply."""
+        if pattern is not self._assistant or not self._ends:
+            return len(value)
+        stripped = value.rstrip()
+        return next((len(stripped) - len(end) for end in self._ends if stripped.endswith(end)), len(value))
+
+
+def _pattern(choices: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(choices) or "(?!)")
+
+
+def _delimiters(tokenizer: Any, tokens: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of ``tokens`` that delimit turns, and those of them that end a reply."""
+    inner = text_part(tokenizer)
+    try:
+        markers = detect_markers(tokenizer)
+    except ConfigError:
+        written, ends = "", ()
+    else:
+        written, ends = "".join((markers.instruction, markers.response, *markers.ends)), markers.ends
+    named = (inner.bos_token, inner.eos_token, inner.pad_token)
+    return (
+        tuple(token for token in tokens if token in written or token in named),
+        tuple(token for token in tokens if token in ends or token == inner.eos_token),
+    )

@@ -1,0 +1,243 @@
+"""Training rows become token ids, a batch at a time, and it is said where in each row training begins.
+
+The token ids and labels are those that TRL's ``SFTTrainer`` makes one row at a time, with two differences: control
+tokens that people typed into messages stay text (:mod:`pantheraml.data.control`), and a text that spells the
+beginning-of-sequence token gets no second one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from .. import log
+from .control import TypedControl
+from .markers import render
+from .pieces import text_part
+
+Columns = Mapping[str, Sequence[Any]]
+
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+# Columns that are read; the text column's name is the user's.
+READ = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
+
+
+class RefusedRowError(ValueError):
+    """The chat template cannot write a conversation; the message says why.
+
+    Attributes:
+        index: Its number in the batch, from 0.
+    """
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(why)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of rows in token ids.
+
+    Attributes:
+        ids: Token ids of each row, not cut.
+        starts: For each row, how many tokens at its beginning are not trained.
+        typed: For each row, a control token that its messages spell and that stays text, or None.
+    """
+
+    ids: list[list[int]]
+    starts: list[int]
+    typed: list[str | None]
+
+
+class Encoder:
+    """Encodes batches of rows: ``messages``; ``prompt`` and ``completion``, as texts or as messages; or a text.
+
+    Args:
+        tokenizer: Tokenizer or processor; chats need a chat template.
+        text_column: Column of texts. Default ``text``.
+        completion_only: Whether only the completion is trained where there is a prompt. Default True.
+        parse_control: Whether control tokens that messages spell are read as such. Default False.
+        chat_template: Chat template; None for the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        text_column: str = "text",
+        completion_only: bool = True,
+        parse_control: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.completion_only = completion_only
+        self.parse_control = parse_control
+        self.chat_template = chat_template
+        self._inner = text_part(tokenizer)
+        # A subclass may change what encoding does; the others are called without making masks that nobody reads.
+        plain = type(self._inner)._encode_plus is PreTrainedTokenizerFast._encode_plus if self._is_fast() else False
+        self._backend = self._inner._tokenizer if plain and not self._inner.split_special_tokens else None
+        bos = self._inner.bos_token_id
+        self._adds_bos = bos is not None and self._inner("a")["input_ids"][:1] == [bos]
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._control = TypedControl(tokenizer) if has_template and not parse_control else None
+
+    def _is_fast(self) -> bool:
+        return isinstance(self._inner, PreTrainedTokenizerFast)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about the token ids, for the key of a cache."""
+        inner = self._inner
+        return {
+            "class": type(inner).__qualname__,
+            "tokenizer": inner._tokenizer.to_str() if self._is_fast() else repr(inner) + repr(inner.get_vocab()),
+            "special": {name: str(token) for name, token in inner.special_tokens_map.items()},
+            "template": self.chat_template or getattr(self.tokenizer, "chat_template", None),
+            "split_special_tokens": getattr(inner, "split_special_tokens", False),
+            "text_column": self.text_column,
+            "completion_only": self.completion_only,
+            "parse_control": self.parse_control,
+        }
+
+    def reads(self, columns: Sequence[str]) -> list[str]:
+        """Those of a data set's columns that are read."""
+        return [name for name in columns if name in READ or name == self.text_column]
+
+    def spells_bos(self, text: Any) -> bool:
+        """Whether a text begins with the beginning-of-sequence token that the tokenizer adds by itself."""
+        return self._adds_bos and isinstance(text, str) and text.lstrip().startswith(self._inner.bos_token)
+
+    def __call__(self, columns: Columns) -> Encoded:
+        """Encode a batch of rows.
+
+        Args:
+            columns: The rows' values by column.
+
+        Returns:
+            Token ids, starts of training, and typed control tokens.
+
+        Raises:
+            RefusedRowError: the chat template cannot write a row.
+        """
+        prompts = columns.get("prompt")
+        if prompts is not None:
+            return self._with_prompt(columns, prompts, columns["completion"])
+        typed: list[str | None]
+        chats = columns.get("messages")
+        if chats is not None and not (len(chats) and isinstance(chats[0], str)):
+            ids, typed = self._chats(chats, columns)
+        else:
+            ids = self._texts([self._ended(text) for text in columns[self.text_column]])
+            typed = [None] * len(ids)
+        return Encoded(ids, [0] * len(ids), typed)
+
+    def _with_prompt(self, columns: Columns, prompts: Sequence[Any], completions: Sequence[Any]) -> Encoded:
+        typed: list[str | None]
+        if len(prompts) and isinstance(prompts[0], list):
+            wholes, typed = self._chats([[*a, *b] for a, b in zip(prompts, completions, strict=True)], columns)
+            starts = self._chats(prompts, columns, add_generation_prompt=True)[0] if self.completion_only else []
+        else:
+            both = [self._ended(a + b) for a, b in zip(prompts, completions, strict=True)]
+            wholes = self._texts(both)
+            typed = [None] * len(both)
+            starts = self._texts(prompts) if self.completion_only else []
+        if not self.completion_only:
+            return Encoded(wholes, [0] * len(wholes), typed)
+        shared = [
+            len(start) if whole[: len(start)] == start else _shared(start, whole)
+            for start, whole in zip(starts, wholes)
+        ]
+        if any(count < len(start) for count, start in zip(shared, starts)):
+            log.once(
+                "prompts end in other tokens when the completion follows: training begins where they differ",
+                key="prompt boundary",
+            )
+        return Encoded(wholes, shared, typed)
+
+    def _ended(self, text: str) -> str:
+        end = self._inner.eos_token
+        return text if not end or text.endswith(end) else text + end
+
+    def _texts(self, texts: Sequence[str]) -> list[list[int]]:
+        own = [self.spells_bos(text) for text in texts] if self._adds_bos else []
+        if not any(own):
+            return self._encode(texts, add_special_tokens=True)
+        log.once(f"texts begin with {self._inner.bos_token} already: no second one is added", key="own BOS")
+        return [self._encode([text], add_special_tokens=not spells)[0] for text, spells in zip(texts, own)]
+
+    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._backend is None:
+            return self._inner(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return [item.ids for item in self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
+
+    def begin(self) -> None:
+        """Undo the truncation and padding that the last call of the tokenizer may have left."""
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = False
+
+    def _chats(
+        self, chats: Sequence[Any], columns: Columns, *, add_generation_prompt: bool = False
+    ) -> tuple[list[list[int]], list[str | None]]:
+        extras = [self._extras(columns, index) for index in range(len(chats))] if _has_extras(columns) else None
+        typed: list[str | None] = [None] * len(chats)
+        if self._control is not None:
+            typed = [
+                self._control.typed(chat, extras[index].get("tools") if extras else None)
+                for index, chat in enumerate(chats)
+            ]
+        options: dict[str, Any] = {"add_generation_prompt": True} if add_generation_prompt else {}
+        if self.chat_template is not None:
+            options["chat_template"] = self.chat_template
+        if extras is None and not any(typed):
+            texts = self._render_all(chats, options)
+            return self._encode(texts, add_special_tokens=False), typed
+        texts = []
+        for index, chat in enumerate(chats):
+            own = dict(options) | (extras[index] if extras else {})
+            if typed[index] is not None and self._control is not None:
+                chat, own = self._control.hide(chat), own | {"tools": self._control.hide_all(own.get("tools"))}
+            texts.append(self._render(chat, own, index))
+        ids = self._encode([text for text, found in zip(texts, typed) if found is None], add_special_tokens=False)
+        rest = iter(ids)
+        assert self._control is not None or not any(typed)
+        return [
+            next(rest) if found is None else self._control.encode(text)  # type: ignore[union-attr]
+            for text, found in zip(texts, typed)
+        ], typed
+
+    def _render_all(self, chats: Sequence[Any], options: dict[str, Any]) -> list[str]:
+        try:
+            return self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options) if len(chats) else []
+        except TEMPLATE_ERRORS:
+            # Again one by one, to know which.
+            return [self._render(chat, options, index) for index, chat in enumerate(chats)]
+
+    def _render(self, chat: Sequence[Any], options: dict[str, Any], index: int) -> str:
+        try:
+            return render([dict(message) for message in chat], self.tokenizer, **options)
+        except TEMPLATE_ERRORS as error:
+            raise RefusedRowError(index, str(error)) from error
+
+    def _extras(self, columns: Columns, index: int) -> dict[str, Any]:
+        tools = columns["tools"][index] if "tools" in columns else None
+        own = columns["chat_template_kwargs"][index] if "chat_template_kwargs" in columns else None
+        return {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (own or {})
+
+
+def _has_extras(columns: Columns) -> bool:
+    return any(value for name in ("tools", "chat_template_kwargs") for value in columns.get(name, ()))
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens at the beginning are the same."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
