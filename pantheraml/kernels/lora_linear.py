@@ -153,6 +153,15 @@ def by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
     return dispatch.resolve("lora_linear", wide, backend) == "triton"
 
 
+def thin_product(u: torch.Tensor, terms: Sequence[Term], A: torch.Tensor | None = None) -> torch.Tensor | None:
+    """``u @ A.T`` [T, sum of ranks] of all terms, None without adapters; ``A`` as of ``joined_A``, if at hand."""
+    kernels = by_kernels(u, terms)
+    A = joined_A(terms, None) if A is None else A
+    if A is None:
+        return None
+    return low_rank.narrow(u, A) if kernels else torch.mm(u, A.to(u.dtype).t())
+
+
 def project(
     x: torch.Tensor,
     u: torch.Tensor,
@@ -176,10 +185,7 @@ def project(
     """
     dtype = x.dtype
     kernels = by_kernels(u, terms)
-    A = joined_A(terms, None if kernels else dtype) if A is None else A
-    skinny = None
-    if A is not None:
-        skinny = low_rank.narrow(u, A) if kernels else torch.mm(u, A.t())
+    skinny = thin_product(u, terms, A)
     outputs = []
     shared = Fp8Input(x, rows)
     for term, piece in zip(terms, _pieces(terms)):
@@ -304,7 +310,10 @@ def project_backward(
     dtype, rows = first.dtype, first.shape[0]
     kernels = by_kernels(first, terms) and all(grad is None or grad.stride(1) == 1 for grad in grads)
     kernels = kernels and (not isinstance(u, torch.Tensor) or u.stride(1) == 1)
-    A = joined_A(terms, None if kernels else dtype) if A is None else A
+    if A is None:
+        A = joined_A(terms, None if kernels else dtype)
+    elif not kernels:
+        A = A.to(dtype)
     need_A = any(need.A for need in needs)
     thin: torch.Tensor | None = None
     if A is not None and (need_x or need_u or need_A):

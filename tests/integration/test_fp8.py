@@ -301,10 +301,10 @@ def test_on_a_gpu(tmp_path, kind):
     make_tiny("llama", **sizes).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     model = FastLanguageModel.get_peft_model(load(tmp_path, kind), r=8)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda()
+    # What rounding to fp8 costs, apart from what four bits do.
+    stock, _ = FastLanguageModel.from_pretrained(str(tmp_path), load_in_4bit=kind == "nf4", dtype=torch.bfloat16)
     ids = torch.randint(5, 300, (2, 128), device="cuda")
-    error = relative(logits(model.eval(), ids), logits(stock, ids))
-    assert error < (0.25 if kind == "nf4" else 0.1)
+    assert relative(logits(model.eval(), ids), logits(stock.eval(), ids)) < 0.1
     model.train()(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

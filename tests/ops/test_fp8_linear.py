@@ -18,7 +18,7 @@ from pantheraml.kernels.fp8 import fp8_quantize_rows, fp8_transpose
 from pantheraml.kernels.fp8_linear import Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 from pantheraml.kernels.lora_linear import Term, project
-from pantheraml.kernels.nf4 import Quantized4Bit
+from pantheraml.kernels.nf4 import Quantized4Bit, nf4_dequantize
 from pantheraml.kernels.reference import fp8_linear as reference
 
 from .support import DTYPES, random
@@ -118,7 +118,8 @@ def test_groups_of_several_matrices(device):
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_four_bits_to_fp8(shape, nested, transposed, device):
     quantized = four_bit(*shape, nested=nested, device=device)
-    scales = random(shape[0], 1, seed=4).abs().float() / 100 + 1e-3
+    largest = nf4_dequantize(four_bit(*shape, nested=nested), dtype=torch.float32).abs().amax(1, keepdim=True)
+    scales = (largest / torch.finfo(E4M3).max * (1 + random(shape[0], 1, seed=4).abs())).float()
     buffer = torch.zeros(
         (shape[1], shape[0] + 7) if transposed else (shape[0], shape[1] + 7), dtype=E4M3, device=device
     )

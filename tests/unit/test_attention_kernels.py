@@ -21,9 +21,10 @@ LENGTHS = [length for row in ROWS for length in row]
 def packed(function, rows=ROWS):
     """A mask function as transformers makes it for packed rows."""
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    return masks.packed_sequence_compatibility_function(
-        function, positions, masks.find_packed_sequence_indices(positions)
-    )
+    documents = masks.find_packed_sequence_indices(positions)
+    if not hasattr(masks, "packed_sequence_compatibility_function"):
+        return masks.and_masks(masks.packed_sequence_mask_function(documents), function)
+    return masks.packed_sequence_compatibility_function(function, positions, documents)
 
 
 def dense(function, batch, length):

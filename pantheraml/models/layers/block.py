@@ -37,6 +37,7 @@ from ...kernels.lora_linear import (
     project,
     project_backward,
     terms_of,
+    thin_product,
 )
 from .pieces import Norm, Turn, activate, activate_backward
 
@@ -447,7 +448,7 @@ class _Layer:
                 assert state.gate is not None
                 assert state.up is not None
                 product = activate(state.gate, state.up, spec.activation)
-                state.skinny_down = torch.mm(product, self.joined[3].t())
+                state.skinny_down = thin_product(product, self.down, self.joined[3])
         else:
             state.x, state.rstd = self._norm(2, middle)
         dy = self._branch_backward(3, grad, state.branch)

@@ -293,7 +293,8 @@ def _prepare(
         or not isinstance(positions, tuple)
         or call.get(_CACHE) is not None
         or any(call.get(name) for name in _MORE_OUTPUT)
-        or not compute_dtype(h) == h.dtype == positions[0].dtype
+        or compute_dtype(h) != h.dtype
+        or positions[0].dtype not in (h.dtype, torch.float32)
         or torch.compiler.is_compiling()
         or torch._C._functorch.is_functorch_wrapped_tensor(h)
     ):
