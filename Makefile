@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
+XLA_VENV ?= .venv-xla
+XLA_STAMP := $(XLA_VENV)/.installed
+
+.PHONY: help demo test test-xla test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -22,6 +25,15 @@ demo: $(STAMP)  ## fine-tune the embedded model and watch it get better (about a
 
 test: $(STAMP)  ## run the tests that need no accelerator
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+
+$(XLA_STAMP): tests/xla/make_environment.sh tests/xla/cuda_stubs.py constraints.txt
+	@echo "== setting up $(XLA_VENV) (torch_xla 2.9.0 with torch 2.9.0) =="
+	sh tests/xla/make_environment.sh $(XLA_VENV)
+	@touch $@
+
+test-xla: $(XLA_STAMP)  ## run the tests of TPU training on torch_xla's CPU backend, with one device and with eight
+	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/xla
+	PJRT_DEVICE=CPU CPU_NUM_DEVICES=8 $(XLA_VENV)/bin/python -m pytest tests/xla
 
 test-gpu:  ## run the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu tests
@@ -52,4 +64,4 @@ format: $(STAMP)  ## rewrite files in the project's format
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(XLA_VENV) .pytest_cache .ruff_cache build dist *.egg-info

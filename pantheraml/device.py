@@ -8,7 +8,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import env
+from . import env, xla_runtime
 from .errors import ConfigError, MissingDependencyError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _ALIASES = {"tpu": "xla", "rocm": "hip", "amd": "hip", "gpu": "cuda"}
 TYPES = ("cuda", "hip", "xpu", "xla", "mps", "cpu")
 
 INSTALL = {
-    "torch_xla": "pip install 'pantheraml[tpu]'",
+    "torch_xla": xla_runtime.INSTALL,
     "bitsandbytes": "pip install 'pantheraml[gpu]'",
     "triton": "pip install 'pantheraml[gpu]'",
     "xformers": "pip install 'pantheraml[xformers]'",
@@ -117,11 +117,7 @@ def _available() -> dict[str, bool]:
 
 
 def _xla_hardware_present() -> bool:
-    if not is_installed("torch_xla"):
-        return False
-    from torch_xla._internal import tpu
-
-    return bool(tpu.num_available_chips())
+    return is_installed("torch_xla") and xla_runtime.chips() > 0
 
 
 def _describe(kind: str) -> Device:
@@ -151,22 +147,19 @@ def _describe(kind: str) -> Device:
         properties = torch.xpu.get_device_properties(index)
         return Device("xpu", "xpu", index, count, properties.name, None, properties.total_memory, True, True, False)
     if kind == "xla":
-        xla = require("torch_xla", what="the device 'xla'")
-        device = xla.device()
-        import torch_xla.runtime as runtime
-
-        kind_name = f"XLA {runtime.device_type() or ''}".strip()
+        require("torch_xla", what="the device 'xla'")
+        figures = xla_runtime.memory()
         return Device(
-            "xla",
-            "xla",
-            device.index or 0,
-            runtime.global_runtime_device_count(),
-            kind_name,
-            None,
-            None,
-            True,
-            False,
-            False,
+            type="xla",
+            torch_type="xla",
+            index=xla_runtime.device().index or 0,
+            count=xla_runtime.device_count(),
+            name=f"XLA {xla_runtime.kind()}",
+            capability=None,
+            memory=None if figures is None else figures["limit"],
+            bfloat16=True,
+            float16=False,
+            float8=False,
         )
     if kind == "mps":
         return Device("mps", "mps", 0, 1, "Apple GPU", None, None, True, True, False)
@@ -213,7 +206,8 @@ def is_bfloat16_supported() -> bool:
 def get_gpu_memory_stats() -> tuple[Any, float, float]:
     """Return ``(properties, peak GiB reserved, total GiB)`` of the current device.
 
-    On a CPU the properties are the ``Device`` record, and the figures are the peak resident set and the machine's RAM.
+    On a CPU the properties are the ``Device`` record, and the figures are the peak resident set and the machine's RAM;
+    so they are on an XLA device that does not count its memory.
     """
     import torch
 
@@ -225,11 +219,8 @@ def get_gpu_memory_stats() -> tuple[Any, float, float]:
     if device.type == "xpu":
         properties = torch.xpu.get_device_properties(device.index)
         return properties, torch.xpu.max_memory_reserved(device.index) / gib, properties.total_memory / gib
-    if device.type == "xla":
-        import torch_xla.core.xla_model as xm
-
-        stats = xm.get_memory_info(device.torch_device)
-        return device, stats["peak_bytes_used"] / gib, stats["bytes_limit"] / gib
+    if device.type == "xla" and (figures := xla_runtime.memory()) is not None:
+        return device, figures["peak"] / gib, figures["limit"] / gib
     import psutil
 
     import resource  # isort: skip

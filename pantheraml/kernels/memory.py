@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from .. import env, log
+from .. import env, log, xla_runtime
 from ..errors import ConfigError
 
 # What every memory dictionary holds beside "device_type" and "available".
@@ -80,15 +80,12 @@ def _xla_memory() -> tuple[dict[str, int] | None, str | None]:
         return None, "torch_xla is not installed"
     if devices.get_device().type != "xla":
         return None, f"this process computes on {devices.get_device().type}"
-    xm = importlib.import_module("torch_xla.core.xla_model")
-    try:
-        return dict(xm.get_memory_info(devices.get_device().torch_device)), None
-    except RuntimeError as error:  # PJRT's CPU client, for one, keeps no count
-        return None, str(error)
+    figures = xla_runtime.memory()
+    return figures, None if figures is not None else f"the backend {xla_runtime.kind()} keeps no count of its memory"
 
 
 def get_tpu_memory_info() -> dict[str, Any]:
-    """Memory of this process's TPU core, or other XLA device.
+    """Memory of this process's first TPU core, or other XLA device.
 
     Returns:
         ``device``, ``rank``, ``world_size``, ``available`` and, in bytes, ``used``, ``limit`` and ``peak``. Where there
@@ -102,13 +99,12 @@ def get_tpu_memory_info() -> dict[str, Any]:
         "rank": env.rank(),
         "world_size": env.world_size(),
         "available": figures is not None,
-        "used": (figures or {}).get("bytes_used", 0),
-        "limit": (figures or {}).get("bytes_limit", 0),
-        "peak": (figures or {}).get("peak_bytes_used", 0),
+        "used": (figures or {}).get("used", 0),
+        "limit": (figures or {}).get("limit", 0),
+        "peak": (figures or {}).get("peak", 0),
     }
     if on_xla:
-        runtime = importlib.import_module("torch_xla.runtime")
-        info |= {"rank": runtime.global_ordinal(), "world_size": runtime.world_size()}
+        info |= {"rank": xla_runtime.process_index(), "world_size": xla_runtime.process_count()}
     return info if error is None else info | {"error": error}
 
 
@@ -244,5 +240,4 @@ def optimize_tpu_memory() -> None:
     """
     gc.collect()
     if devices.is_installed("torch_xla") and devices.get_device().type == "xla":
-        torch_xla = importlib.import_module("torch_xla")
-        torch_xla.sync(wait=True)
+        xla_runtime.sync(wait=True)

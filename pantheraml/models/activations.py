@@ -5,10 +5,10 @@ a new size keeps the least, and its peak tells what is left of the stated share 
 on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Layers that
 run as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or
 recomputed as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU),
-everything is kept.
+everything is kept; an XLA device, whose compiler lays out the memory of a step before it runs, recomputes every layer.
 
 Works through the seam that transformers gives every ``GradientCheckpointingLayer``: the function that runs a layer
-under checkpointing is ours, per instance. Recomputation is the non-reentrant kind throughout, which DDP needs.
+under checkpointing is ours, per instance. Recomputation is the non-reentrant kind, which DDP needs, except on XLA.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import log
+from .. import log, xla_runtime
+from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from .host_memory import HostStash, OffloadSaved
 from .layers.block import Keep
@@ -195,6 +196,7 @@ class ActivationPlan:
         self.mode = mode
         self.fraction = fraction
         self.levels: list[Keep] = [_FIXED.get(mode, Keep.INPUT) for _ in layers]
+        self._on_xla = get_device().type == "xla"
         self._layers = list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
         self._memory = memory
@@ -349,6 +351,8 @@ class ActivationPlan:
         return output
 
     def _recompute(self, level: Keep, function: functools.partial[Any], *args: Any) -> Any:
+        if self._on_xla:
+            return _recompute_on_xla(function, *args)
         if level == Keep.HOST:
             with OffloadSaved(self._stash):
                 return checkpoint(function, *args, use_reentrant=False)
@@ -361,6 +365,24 @@ class ActivationPlan:
     def _free_cached() -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _recompute_on_xla(function: functools.partial[Any], *args: Any) -> Any:
+    """Recompute a layer on XLA, where the input has to come by position and to require a gradient."""
+    if args:
+        hidden, rest = args[0], args[1:]
+        call: Callable[..., Any] = function
+    else:
+        keywords = dict(function.keywords)
+        hidden, rest = keywords.pop("hidden_states"), ()
+        bound = functools.partial(function.func, *function.args, **keywords)
+
+        def call(x: torch.Tensor) -> Any:
+            return bound(hidden_states=x)
+
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return xla_runtime.checkpoint(call, hidden, *rest)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -395,6 +417,14 @@ def set_activation_plan(
             where=f"use_gradient_checkpointing={value!r}",
             hint="pass use_gradient_checkpointing=False",
         )
+    if get_device().type == "xla":
+        if mode == "offload":
+            raise UnsupportedError(
+                "activations cannot be held in host memory on an XLA device",
+                where=f"use_gradient_checkpointing={value!r}",
+                hint="pass use_gradient_checkpointing=True",
+            )
+        mode = "recompute" if mode == "auto" and layers else mode
     plan = ActivationPlan(layers, mode, fraction=activation_memory_fraction)
     for layer in layers:
         layer.gradient_checkpointing = mode != "keep"  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .. import log
+from ..device import get_device
 from . import loss as _loss  # noqa: F401  (registers the losses of lazy logits)
 from .families import KEEP_STOCK
 from .fused_head import uninstall_fused_head
@@ -115,6 +116,8 @@ def _signature(candidate: Candidate) -> tuple[object, ...]:
 
 def _decide(candidate: Candidate, decided: dict[tuple[object, ...], Swap | str]) -> Swap | str:
     module = candidate.module
+    if get_device().type == "xla" and candidate.role is not Role.HEAD:
+        return "the XLA compiler fuses it"
     if candidate.role in NOT_SERVED:
         return NOT_SERVED[candidate.role]
     exception = KEEP_STOCK.get(type(module).__name__)

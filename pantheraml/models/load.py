@@ -18,6 +18,7 @@ from ..errors import (
     DeviceMemoryError,
     UnsupportedError,
 )
+from ..parallel.xla import place
 from . import resolve
 from .adapt import adapt
 from .adapters import finish_adapter, seed_everything, upcast_trainable
@@ -320,14 +321,14 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         multiply_in_fp8(model)
     if request.extra.get("attn_implementation") is None:
         prefer_attention(model)
-    if device.type == "xla":
-        model.to(device.torch_device)
     _check_missing(model, info, request, has_new_head=plan.classifies)
 
     _resize(model, request.resize_model_vocab, tokenizer)
     prepare_tokenizer(model, tokenizer, max_seq_length=plan.length, fix=request.fix_tokenizer)
     if source.adapter is not None:
         grow_embeddings(model, len(text_tokenizer(tokenizer)))
+    if device.type == "xla":
+        place(model)
     _set_length(model, plan.length)
     _set_whisper(model, tokenizer, request)
     object.__setattr__(model, "_saved_temp_tokenizer", tokenizer)

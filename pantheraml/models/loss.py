@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .. import kernels
+from .. import kernels, xla_runtime
 from ..errors import unknown_arguments
 from .layers.chain import Affine, as_affine
 from .layers.lazy import LazyLogits, Node, handles
@@ -46,6 +46,8 @@ def _per_chunk(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
     """Run a function of a chunk; its logits are computed again in the backward instead of being kept."""
     if not torch.is_grad_enabled():
         return function(*tensors)
+    if tensors[0].device.type == "xla":
+        return xla_runtime.checkpoint(function, *tensors)
     return checkpoint(function, *tensors, use_reentrant=False)
 
 

@@ -30,9 +30,10 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import padding_free, preparation, ranks, report, rows, states
+from . import padding_free, preparation, ranks, report, rows, states, tpu
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
+from .device_guard import DeviceGuard
 from .guards import NonFiniteGuard
 from .isolation import check_isolation
 from .loggers import isolate_loggers
@@ -77,6 +78,7 @@ def before_init(
     arguments = dict(arguments)
     model, args = arguments["model"], arguments["args"]
     apply_defaults(args, model, record, explicit)
+    tpu.settle(trainer, args, record, explicit)
     # TRL reports each construction over the network.
     vars(trainer)["_send_telemetry"] = lambda: None
     tokenizer = getattr(arguments.get("processing_class"), "tokenizer", arguments.get("processing_class"))
@@ -118,21 +120,24 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
         )
     if not hasattr(trainer, "tokenizer"):
         trainer.tokenizer = trainer.processing_class
-    if getattr(trainer, "padding_free", False) and hasattr(trainer, "data_collator"):
+    on_xla = get_device().type == "xla"
+    if not on_xla and getattr(trainer, "padding_free", False) and hasattr(trainer, "data_collator"):
         check_isolation(trainer)
     padding_free.complete(trainer)
     rows.check_labels(trainer.train_dataset)
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
     ranks.complete(trainer)
-    defer_figures(trainer)
+    figures = defer_figures(trainer)
     watch = StepWatch(trainer)
-    guard = NonFiniteGuard(
+    guard = (DeviceGuard if on_xla else NonFiniteGuard)(
         trainer,
         watch,
         action=getattr(args, "on_nonfinite", "raise"),
         patience=getattr(args, "max_nonfinite_steps", 10),
     )
+    if isinstance(guard, DeviceGuard):
+        tpu.complete(trainer, figures, guard)
     metrics = MetricsWriter(watch)
     for callback in (guard, metrics):
         trainer.add_callback(callback)

@@ -52,6 +52,11 @@ def _pins_memory(args: Any) -> bool:
     return get_device().type != "cpu" and not args.use_cpu
 
 
+def _logging_steps(args: Any) -> int:
+    # Each log waits for an XLA device, which otherwise works while the host prepares the next steps.
+    return 10 if get_device().type == "xla" else 1
+
+
 def _accumulation(args: Any) -> int:
     return args.gradient_accumulation_steps
 
@@ -68,7 +73,7 @@ DEFAULTS: tuple[Default, ...] = (
     Default("optim", _optimizer, "optimizer state in 8 bits takes a quarter of the memory"),
     Default("seed", 3407, "what Unsloth scripts count on"),
     Default("report_to", lambda args: [], "nothing leaves the machine unless asked"),
-    Default("logging_steps", 1, "the loss of every step is in metrics.jsonl and in the report"),
+    Default("logging_steps", _logging_steps, "the loss of every step is in metrics.jsonl and in the report"),
     Default("logging_nan_inf_filter", False, "a NaN in the loss shows as NaN"),
     Default("dataloader_pin_memory", _pins_memory, "a CPU has no memory to pin, and torch warns about it"),
     Default("torch_empty_cache_steps", 250, "ragged lengths fragment the allocator's cache"),

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .. import xla_runtime
 
 # Micro-batches after which figures are read although nothing is logged, so that they do not pile up.
 _MOST_PENDING = 512
@@ -75,8 +78,13 @@ class Deferred:
 
 
 def read(figures: Iterable[Any]) -> list[Any]:
-    """Replace deferred figures by numbers, in one transfer for each dtype and device."""
+    """Replace deferred figures by numbers, in one transfer for each dtype and device; in one for all on XLA."""
     values = list(figures)
+    waiting = [index for index, value in enumerate(values) if isinstance(value, Deferred)]
+    if waiting and values[waiting[0]].tensor.device.type == "xla":
+        for index, tensor in zip(waiting, xla_runtime.read([values[i].tensor for i in waiting]), strict=True):
+            values[index] = tensor.item()
+        return values
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Deferred):
@@ -102,37 +110,55 @@ def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
             setattr(owner, name, before)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a trainer has put off.
+
+    Attributes:
+        settle: Reads all figures, and the tensors given to it, whose values it returns as tensors on the host.
+    """
+
+    settle: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
 def _sft_trainer(trainer: Any) -> type | None:
     name = ("trl.trainer.sft_trainer", "SFTTrainer")
     return next((cls for cls in type(trainer).__mro__ if (cls.__module__, cls.__name__) == name), None)
 
 
-def defer_figures(trainer: Any) -> bool:
+def defer_figures(trainer: Any) -> Figures | None:
     """Put off the reads of a constructed ``SFTTrainer`` whose loss and log are TRL's own.
 
     Args:
         trainer: A trainer.
 
     Returns:
-        Whether that was done: not for other trainers, nor for a subclass that replaces ``compute_loss`` or ``log``, nor
-        with a loss function of the user's, whose own reads must give numbers.
+        What was put off; None for other trainers, for a subclass that replaces ``compute_loss`` or ``log``, and with a
+        loss function of the user's, whose own reads must give numbers.
     """
     stock: Any = _sft_trainer(trainer)
     if stock is None or getattr(trainer, "compute_loss_func", None) is not None:
-        return False
+        return None
     if type(trainer).compute_loss is not stock.compute_loss or type(trainer).log is not stock.log:
-        return False
+        return None
     if not hasattr(trainer, "_metrics") or not hasattr(trainer, "_total_train_tokens"):
-        return False
+        return None
     compute_loss, log = trainer.compute_loss, trainer.log
 
-    def settle() -> None:
+    def settle(others: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
         lists = [values for metrics in trainer._metrics.values() for values in metrics.values()]
         pending = [value for values in lists for value in values]
-        *numbers, trainer._total_train_tokens = read([*pending, trainer._total_train_tokens])
+        total = trainer._total_train_tokens
+        if not others and not any(isinstance(value, Deferred) for value in pending):
+            return []
+        numbers = read([*pending, total, *map(Deferred, others)])
+        if not (isinstance(total, Deferred) and total.tensor.device.type == "xla"):
+            # There a running total stays on the device: begun again from a number, it would be another program.
+            trainer._total_train_tokens = numbers[len(pending)]
         remaining = iter(numbers)
         for values in lists:
             values[:] = [next(remaining) for _ in values]
+        return [torch.tensor(number) for number in numbers[len(pending) + 1 :]]
 
     @functools.wraps(compute_loss)
     def deferring(*args: Any, **kwargs: Any) -> Any:
@@ -155,4 +181,4 @@ def defer_figures(trainer: Any) -> bool:
         return log(*args, **kwargs)
 
     trainer.compute_loss, trainer.log = deferring, logging
-    return True
+    return Figures(settle)

@@ -17,7 +17,7 @@ from ... import log
 from ...device import Device, get_device
 from ...errors import UnsupportedError
 from ..probe import FOREIGN_ERRORS
-from . import table
+from . import table, xla
 from .documents import whole_rows
 from .interface import NAME, attention_forward, attention_mask
 
@@ -72,7 +72,12 @@ def prefer(model: Any) -> bool:
     resolved = getattr(model.config, "_attn_implementation", None)
     device = get_device()
     features: dict[str, bool] | None = {}
-    if device.type == "xla" or resolved not in ("sdpa", "eager"):
+    if device.type == "xla":
+        if resolved != "sdpa":
+            return False
+        model.set_attn_implementation(xla.register())
+        return True
+    if resolved not in ("sdpa", "eager"):
         return False
     if resolved == "eager":
         features = _features_of_eager(model)

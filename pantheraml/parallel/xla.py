@@ -1,0 +1,346 @@
+"""TPU cores, or other XLA devices, as one mesh: how a model is divided over them, and what they do.
+
+One process a host drives all of its cores. Parameters, optimizer states and batches are divided along the mesh axis
+``fsdp`` (https://arxiv.org/abs/2304.11277), weights also along ``tensor`` (https://arxiv.org/abs/1909.08053) where the
+mesh has it. The compiler inserts the communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import log, xla_runtime
+from ..device import get_device, require
+from ..errors import ConfigError, UnsupportedError
+
+FSDP, TENSOR = "fsdp", "tensor"
+# Smaller matrices cost more in collectives than they save in memory.
+MIN_SHARD_ELEMENTS = 65536
+# Axis of a linear layer's weight that the tensor axis divides, by transformers' name of the style.
+_TENSOR_AXES = {"colwise": 0, "colwise_rep": 0, "colwise_gather_output": 0, "rowwise": 1, "rowwise_rep": 1}
+
+
+@dataclass
+class MultiTPUConfig:
+    """How TPU cores are used. Every field acts; a value that cannot be honoured raises.
+
+    Args:
+        num_cores: Cores that must be there, or None (default) for whatever is.
+        mesh_shape: ``(fsdp, tensor)``, or ``(fsdp,)``: cores along each axis. None (default) is all along ``fsdp``.
+        auto_device_map: True (default) divides weights and optimizer states over the cores, False keeps a copy of them
+            on each core and divides the batch only.
+        use_gradient_checkpointing: True (default) recomputes activations as the model was loaded to do, False keeps
+            them all.
+        length_buckets: Lengths in tokens that batches are padded to, each of which costs one compilation; None
+            (default) is one length, that of the longest row.
+        min_shard_elements: Weights with fewer elements stay whole on each core, default 65536.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    num_cores: int | None = None
+    mesh_shape: Sequence[int] | None = None
+    auto_device_map: bool = True
+    use_gradient_checkpointing: bool = True
+    length_buckets: Sequence[int] | None = None
+    min_shard_elements: int = MIN_SHARD_ELEMENTS
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        if self.num_cores is not None and self.num_cores < 1:
+            raise ConfigError(f"num_cores must be at least 1, not {self.num_cores}", where=where)
+        if self.mesh_shape is not None:
+            self.mesh_shape = tuple(self.mesh_shape)
+            if not 1 <= len(self.mesh_shape) <= 2 or any(count < 1 for count in self.mesh_shape):
+                raise ConfigError(f"mesh_shape is {self.mesh_shape}", where=where, hint="use (fsdp, tensor), as (4, 2)")
+            if self.num_cores is not None and math.prod(self.mesh_shape) != self.num_cores:
+                raise ConfigError(
+                    f"mesh_shape={self.mesh_shape} has {math.prod(self.mesh_shape)} cores, not {self.num_cores}",
+                    where=where,
+                    hint="leave one of them out",
+                )
+        if self.length_buckets is not None:
+            self.length_buckets = tuple(sorted(self.length_buckets))
+            if not self.length_buckets or self.length_buckets[0] < 1:
+                raise ConfigError(
+                    f"length_buckets is {self.length_buckets}", where=where, hint="use lengths, as (512,)"
+                )
+        for name in ("auto_device_map", "use_gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", where=where)
+        if self.min_shard_elements < 0:
+            raise ConfigError(f"min_shard_elements must not be negative, not {self.min_shard_elements}", where=where)
+
+
+@dataclass
+class _Setup:
+    """What this process has set up."""
+
+    config: MultiTPUConfig
+    mesh: xla_runtime.Mesh
+
+
+_setup: _Setup | None = None
+_errors = 0
+
+
+# ---------------------------------------------------------------- setting up
+
+
+def is_tpu_available() -> bool:
+    """Whether this process computes on XLA devices: a TPU, or torch_xla's CPU backend where ``PJRT_DEVICE`` asks."""
+    return xla_runtime.is_installed() and get_device().type == "xla"
+
+
+def setup_multi_tpu(config: MultiTPUConfig | None = None) -> MultiTPUConfig:
+    """Make the mesh of all cores. The same again changes nothing; models loaded before another mesh keep theirs.
+
+    Args:
+        config: Default: what was set up before, else ``MultiTPUConfig()``.
+
+    Returns:
+        The config.
+
+    Raises:
+        MissingDependencyError: torch_xla is not installed; the text has its install line.
+        UnsupportedError: this process computes on something else.
+        ConfigError: ``num_cores`` or ``mesh_shape`` does not fit the cores that there are.
+    """
+    global _setup, _errors
+    if _setup is not None and config in (None, _setup.config):
+        return _setup.config
+    config = config or MultiTPUConfig()
+    try:
+        _setup = _Setup(config, _mesh_of(config))
+    except Exception:
+        _errors += 1
+        raise
+    log.once(
+        "TPU support is experimental: tested on torch_xla's CPU backend and with the TPU compiler (docs/TPU-Guide.md)",
+        key="tpu",
+    )
+    return config
+
+
+def _mesh_of(config: MultiTPUConfig) -> xla_runtime.Mesh:
+    require("torch_xla", what="training on a TPU")
+    device = get_device()
+    if device.type != "xla":
+        raise UnsupportedError(
+            f"this process computes on {device.type}",
+            where="setup_multi_tpu",
+            hint="on a host with a TPU set PJRT_DEVICE=TPU; PJRT_DEVICE=CPU takes torch_xla's CPU backend, for tests",
+        )
+    count = xla_runtime.device_count()
+    shape = config.mesh_shape or (config.num_cores or count,)
+    if math.prod(shape) != count:
+        raise ConfigError(
+            f"{'x'.join(map(str, shape))} cores were asked for, and there are {count}",
+            where="MultiTPUConfig",
+            hint="leave num_cores and mesh_shape out; TPU_VISIBLE_CHIPS (with PJRT_DEVICE=CPU: CPU_NUM_DEVICES) sets "
+            "how many a process sees",
+        )
+    return xla_runtime.Mesh(dict(zip((FSDP, TENSOR), (*shape, 1), strict=False)))
+
+
+def cleanup_multi_tpu() -> None:
+    """Wait for the cores and forget the mesh. Again, or without a setup, changes nothing."""
+    global _setup
+    if _setup is not None:
+        xla_runtime.sync(wait=True)
+    _setup = None
+
+
+@contextlib.contextmanager
+def tpu_context(config: MultiTPUConfig | None = None) -> Iterator[MultiTPUConfig]:
+    """Set up, and clean up at the end. Yields the config."""
+    try:
+        yield setup_multi_tpu(config)
+    finally:
+        cleanup_multi_tpu()
+
+
+setup_tpu_training = setup_multi_tpu
+cleanup_tpu_training = cleanup_multi_tpu
+
+
+def current_mesh() -> xla_runtime.Mesh:
+    """The mesh, set up with defaults where it was not."""
+    setup_multi_tpu()
+    assert _setup is not None
+    return _setup.mesh
+
+
+# ---------------------------------------------------------------- facts
+
+
+def get_tpu_device() -> torch.device | None:
+    """The device for ``tensor.to(...)``, which stands for all cores of this process; None without any."""
+    return xla_runtime.device() if is_tpu_available() else None
+
+
+def get_tpu_world_size() -> int:
+    """Cores of all hosts; 1 without any."""
+    return xla_runtime.device_count() if is_tpu_available() else 1
+
+
+def get_tpu_rank() -> int:
+    """Number of this process's first core; 0 without any. Processes see the same batches: do not divide data by it."""
+    if not is_tpu_available():
+        return 0
+    return xla_runtime.process_index() * (xla_runtime.device_count() // xla_runtime.process_count())
+
+
+def is_tpu_main_process() -> bool:
+    """Whether this is the process that writes files."""
+    return get_tpu_rank() == 0
+
+
+def synchronize_tpu() -> bool:
+    """Run what is pending and wait for it. Returns whether there are XLA devices."""
+    if is_tpu_available():
+        xla_runtime.sync(wait=True)
+        return True
+    return False
+
+
+def get_tpu_memory_info() -> dict[str, Any]:
+    """Memory of this process's first core.
+
+    Returns:
+        ``available``; bytes ``used``, ``limit`` and ``peak``; ``device``, ``rank``, ``world_size``; and ``error``
+        where ``available`` is False: no core, or one that does not count. It does not raise.
+    """
+    from ..kernels.memory import get_tpu_memory_info as figures
+
+    return figures() | {"rank": get_tpu_rank(), "world_size": get_tpu_world_size()}
+
+
+def optimize_tpu_memory() -> bool:
+    """Free what is held without need. Returns whether there are XLA devices; it does not raise without any."""
+    gc.collect()
+    return synchronize_tpu()
+
+
+def get_tpu_status() -> dict[str, Any]:
+    """What the cores of this process are and did.
+
+    Returns:
+        ``available``, ``initialized``, ``device``, ``memory_info`` (as ``get_tpu_memory_info``), ``error_count``
+        (setups that failed), ``rank``, ``world_size``, ``is_main_process``, ``compiled_functions`` (programs compiled
+        so far), ``mesh_shape`` (None before the setup); and ``error`` where ``available`` is False.
+    """
+    available = is_tpu_available()
+    status: dict[str, Any] = {
+        "available": available,
+        "initialized": _setup is not None,
+        "device": str(get_tpu_device()) if available else None,
+        "memory_info": get_tpu_memory_info(),
+        "error_count": _errors,
+        "rank": get_tpu_rank(),
+        "world_size": get_tpu_world_size(),
+        "is_main_process": is_tpu_main_process(),
+        "compiled_functions": xla_runtime.counters().compilations if available else 0,
+        "mesh_shape": None if _setup is None else dict(_setup.mesh.shape),
+    }
+    if not available:
+        status["error"] = (
+            f"this process computes on {get_device().type}"
+            if xla_runtime.is_installed()
+            else f"torch_xla is not installed: {xla_runtime.INSTALL}"
+        )
+    return status
+
+
+# ---------------------------------------------------------------- dividing models
+
+
+def shard_spec(
+    shape: Sequence[int], mesh: dict[str, int], minimum: int, tensor_axis: int | None = None
+) -> xla_runtime.Spec:
+    """How a weight is divided: ``tensor`` where the architecture says, ``fsdp`` along the longest other axis it fits.
+
+    Args:
+        shape: The weight's.
+        mesh: Devices along each mesh axis.
+        minimum: Weights with fewer elements are not divided.
+        tensor_axis: Axis that ``tensor`` divides, or None.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    if math.prod(shape) < minimum or len(shape) < 2:
+        return tuple(spec)
+    tensor, fsdp = mesh.get(TENSOR, 1), mesh[FSDP]
+    if tensor_axis is not None and tensor > 1 and shape[tensor_axis] % tensor == 0:
+        spec[tensor_axis] = TENSOR
+    free = [axis for axis, name in enumerate(spec) if name is None and shape[axis] % fsdp == 0]
+    if fsdp > 1 and free:
+        spec[max(free, key=lambda axis: shape[axis])] = FSDP
+    return tuple(spec)
+
+
+def _tensor_axis(name: str, plan: dict[str, str]) -> int | None:
+    """The axis of a weight that tensor parallelism divides; ``plan`` maps patterns of module names to styles."""
+    module, _, kind = name.rpartition(".")
+    if kind != "weight":
+        return None
+    parts = [part for part in module.split(".") if part not in ("base_model", "base_layer")]
+    for pattern, style in plan.items():
+        if style in _TENSOR_AXES and fnmatch.fnmatchcase(".".join(parts), f"*{pattern}"):
+            return _TENSOR_AXES[style]
+    return None
+
+
+def place(model: nn.Module) -> nn.Module:
+    """Move a model to the cores in place, one weight after another, each sent in parts and never whole to one core.
+
+    Weights that several modules share stay shared. Those that are on the cores already are only divided.
+
+    Args:
+        model: A transformers model, or PEFT's wrapper of one.
+
+    Returns:
+        The model.
+    """
+    mesh = current_mesh()
+    assert _setup is not None
+    config, device = _setup.config, xla_runtime.device()
+    plan = {
+        **(getattr(model, "_tp_plan", None) or {}),
+        **(getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}),
+    }
+    moved: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for kind, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in moved:
+                name = f"{module_name}.{kind}" if module_name else kind
+                moved[id(parameter)] = _placed(parameter, device)
+                if config.auto_device_map and not xla_runtime.sharding(moved[id(parameter)]):
+                    axis = _tensor_axis(name, plan)
+                    spec = shard_spec(parameter.shape, dict(mesh.shape), config.min_shard_elements, axis)
+                    if any(spec):
+                        mesh.shard(moved[id(parameter)], spec)
+            module._parameters[kind] = moved[id(parameter)]
+        for kind, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[kind] = buffer.to(device)
+    return model
+
+
+def _placed(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if parameter.device.type == device.type:
+        return parameter
+    placed = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+    placed.__dict__.update(parameter.__dict__)
+    return placed

@@ -1,0 +1,212 @@
+"""torch_xla, and everything that PantheraML asks of it. No other module imports torch_xla.
+
+One process drives all XLA devices of its host, and on a pod slice all hosts run the same program (SPMD: tensors are
+global, the compiler divides them, see https://arxiv.org/abs/2105.04663). A successor of torch_xla replaces this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+INSTALL = "pip install 'pantheraml[tpu]'"
+# An axis of a tensor: the mesh axis that divides it, or None for one that stays whole.
+Spec = tuple[str | None, ...]
+
+
+def is_installed() -> bool:
+    """Whether torch_xla can be imported, without importing it."""
+    return importlib.util.find_spec("torch_xla") is not None
+
+
+def _module(name: str = "") -> Any:
+    if not is_installed():
+        raise MissingDependencyError(
+            "training on a TPU needs the package 'torch_xla', which is not installed", hint=INSTALL
+        )
+    return importlib.import_module(f"torch_xla.{name}" if name else "torch_xla")
+
+
+def chips() -> int:
+    """TPU chips of this host, without starting them; 0 where torch_xla is not installed."""
+    return _module("_internal.tpu").num_available_chips() if is_installed() else 0
+
+
+@functools.cache
+def start() -> None:
+    """Start the devices: SPMD where there are several. Again changes nothing.
+
+    It has to come before the first backward of the process, where autograd counts its devices.
+    """
+    runtime = _module("runtime")
+    if runtime.global_runtime_device_count() > 1 and not runtime.is_spmd():
+        runtime.use_spmd()
+    _module().device()
+
+
+def device() -> torch.device:
+    """The device that tensors are placed on: the only one, or the one that stands for all."""
+    start()
+    return _module().device()
+
+
+def kind() -> str:
+    """``"TPU"``, or ``"CPU"`` for torch_xla's CPU backend, and so on."""
+    return _module("runtime").device_type() or "CPU"
+
+
+def device_count() -> int:
+    """XLA devices of all hosts."""
+    start()
+    return _module("runtime").global_runtime_device_count()
+
+
+def process_index() -> int:
+    """Number of this host's process."""
+    start()
+    return _module("runtime").process_index()
+
+
+def process_count() -> int:
+    """Number of processes, one a host."""
+    start()
+    return _module("runtime").process_count()
+
+
+# ---------------------------------------------------------------- execution
+
+
+def sync(*, wait: bool = False) -> None:
+    """Compile (where it is new) and start all operations noted so far.
+
+    Args:
+        wait: Whether to wait until they are done.
+    """
+    _module().sync(wait=wait)
+
+
+def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors in host memory: what they wait for runs, then one transfer for those that are whole."""
+    if not tensors:
+        return []
+    sync()
+    return list(_module()._XLAC._xla_get_cpu_tensors([tensor.detach() for tensor in tensors]))
+
+
+def upload(tensor: torch.Tensor) -> torch.Tensor:
+    """Send a tensor to the device as data of the programs that use it.
+
+    ``tensor.to(device)`` makes small numbers part of the program, which is then another one for each of them.
+    """
+    return _module("core.xla_model").send_cpu_data_to_device([tensor], device())[0]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the runtime did since the process began.
+
+    Attributes:
+        compilations: Programs compiled.
+        executions: Programs run.
+        host_reads: Transfers from the device to the host.
+        fallbacks: Names of operations that ran on the host for want of a lowering.
+    """
+
+    compilations: int
+    executions: int
+    host_reads: int
+    fallbacks: tuple[str, ...]
+
+
+def counters() -> Counters:
+    """Read the runtime's counters."""
+    metrics = _module("debug.metrics")
+
+    def count(*names: str) -> int:
+        return sum((metrics.metric_data(name) or (0,))[0] for name in names)
+
+    return Counters(
+        compilations=count("CompileTime"),
+        executions=count("ExecuteTime", "ExecuteReplicatedTime"),
+        host_reads=count("TransferFromDeviceTime"),
+        fallbacks=tuple(_module()._XLAC._get_executed_fallback_ops()),
+    )
+
+
+def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function whose activations are computed again in the backward.
+
+    Barriers keep the compiler from joining the recomputation with the forward, which would keep the activations.
+    Dropout draws the same numbers both times. Reentrant: at least one positional argument must require a gradient.
+    """
+    return _module("utils.checkpoint").checkpoint(function, *args, use_reentrant=True, preserve_rng_state=True)
+
+
+def memory() -> dict[str, int] | None:
+    """Bytes ``used``, ``limit`` and ``peak`` of this host's first device; None where the backend does not count."""
+    try:
+        figures = _module("core.xla_model").get_memory_info(device())
+    except (RuntimeError, NotImplementedError):
+        return None
+    used = int(figures["bytes_used"])
+    return {"used": used, "limit": int(figures["bytes_limit"]), "peak": int(figures.get("peak_bytes_used", used))}
+
+
+# ---------------------------------------------------------------- sharding
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All devices in a grid with named axes.
+
+    Attributes:
+        shape: Devices along each axis, by name.
+    """
+
+    shape: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        size = 1
+        for count in self.shape.values():
+            size *= count
+        if size != device_count():
+            raise ConfigError(f"a mesh of {dict(self.shape)} has {size} devices, and there are {device_count()}")
+
+    @functools.cached_property
+    def _mesh(self) -> Any:
+        import numpy as np
+
+        spmd = _module("distributed.spmd")
+        shape = tuple(self.shape.values())
+        return spmd.Mesh(np.arange(device_count()), shape, tuple(self.shape))
+
+    def shard(self, tensor: torch.Tensor, spec: Spec) -> None:
+        """Divide a tensor over the devices, in place: one that is still on the host is sent in parts.
+
+        Args:
+            tensor: On the device.
+            spec: For each axis of the tensor the mesh axis that divides it, or None.
+        """
+        if device_count() > 1:
+            spmd = _module("distributed.spmd")
+            spmd.clear_sharding(tensor)
+            spmd.mark_sharding(tensor, self._mesh, spec)
+
+    def input_sharding(self, spec: Spec) -> Any:
+        """How a loader divides batches; None on one device."""
+        return _module("distributed.spmd").ShardingSpec(self._mesh, spec) if device_count() > 1 else None
+
+
+def sharding(tensor: torch.Tensor) -> str:
+    """How a tensor is divided, as the compiler writes it; empty for one that is whole everywhere."""
+    text = _module()._XLAC._get_xla_sharding_spec(tensor)
+    return "" if text == "{replicated}" else text
