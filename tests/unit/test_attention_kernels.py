@@ -9,9 +9,10 @@ import torch
 from torch.nn.attention import flex_attention
 from transformers import masking_utils as masks
 
-from pantheraml.device import is_installed
-from pantheraml.models.attention import efficient, exact, flash, flex
+from pantheraml.device import get_device
+from pantheraml.models.attention import efficient, exact, flash, flex, table
 from pantheraml.models.attention.documents import Documents, from_lengths, from_mask_function, whole_rows
+from pantheraml.models.attention.interface import equal_documents
 
 CPU = torch.device("cpu")
 ROWS = [[7, 1, 12], [3, 15, 2]]
@@ -235,6 +236,22 @@ SHAPES = {
 }
 
 
+def test_documents_of_one_length_become_rows():
+    documents = from_lengths([12] * 6, 2, 36, None, CPU)
+    assert documents.are_equally_long
+    assert not from_lengths([12, 11, 13], 1, 36, None, CPU).are_equally_long
+    leaves = inputs(documents, 4, 2, 8, torch.float64, CPU)[:3]
+    weight = torch.randn(2, 36, 4, 8, dtype=torch.float64)
+
+    def run(attention, **options):
+        cast = [x.detach().requires_grad_() for x in leaves]
+        return out_and_gradients(lambda: attention(*cast, documents, scale=0.3, **options), cast, weight)
+
+    due = run(exact.documents_attention)
+    for result, expected in zip(run(equal_documents, order=("math",)), due):
+        torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("feature", ["plain", "sinks", "softcap"])
 @pytest.mark.parametrize("window", [None, 300])
@@ -246,8 +263,9 @@ def test_kernels_are_as_near_to_the_truth_as_plain_torch_in_bf16(kernel, shape, 
     function, can = KERNELS[kernel]
     if feature != "plain" and feature not in can:
         pytest.skip(f"{kernel} has no {feature}")
-    if kernel == "xformers" and not is_installed("xformers"):
-        pytest.skip("xformers is not installed")
+    call = table.Call("documents", 64, torch.float16)
+    if kernel == "xformers" and (refused := table.REFUSALS["xformers"](call, get_device())):
+        pytest.skip(f"xformers {refused}")
     if kernel == "varlen" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
     heads, kv_heads, head_dim, rows = SHAPES[shape]

@@ -59,6 +59,11 @@ class Documents:
         """Whether each row is one document."""
         return self.cumulative.numel() == self.batch + 1
 
+    @property
+    def are_equally_long(self) -> bool:
+        """Whether all documents have ``longest`` tokens, so that they can be rows of a batch. Known on the host."""
+        return (self.cumulative.numel() - 1) * self.longest == self.batch * self.length
+
     @functools.cached_property
     def first(self) -> torch.Tensor:
         """The first key that each token sees, counted from the start of its row; [B, T], int32."""

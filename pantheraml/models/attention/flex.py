@@ -14,9 +14,19 @@ from .documents import Documents, lasting
 BLOCK = 128
 
 
+# Forms of one process: dtypes, sizes of heads, caps, sinks, with gradients and without. Past it torch would run the
+# operator uncompiled, in memory of T x T or not at all.
+_FORMS = 64
+
+
 @functools.cache
 def _compiled() -> Any:
     return torch.compile(flex_attention.flex_attention)
+
+
+def _attention(*tensors: torch.Tensor, **options: Any) -> Any:
+    with torch._dynamo.config.patch(recompile_limit=_FORMS, fail_on_recompile_limit_hit=True):
+        return _compiled()(*tensors, **options)
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,8 +113,8 @@ def flex(
         "enable_gqa": query.shape[1] != key.shape[1],
     }
     if sinks is None:
-        return _compiled()(query, key, value, **options).transpose(1, 2)
-    out, aux = _compiled()(query, key, value, return_aux=flex_attention.AuxRequest(lse=True), **options)
+        return _attention(query, key, value, **options).transpose(1, 2)
+    out, aux = _attention(query, key, value, return_aux=flex_attention.AuxRequest(lse=True), **options)
     # The share that is left to the keys: exp(lse) / (exp(lse) + exp(sink)).
     share = torch.sigmoid(aux.lse - sinks.float()[:, None])
     return (out * share[..., None]).to(query.dtype).transpose(1, 2)

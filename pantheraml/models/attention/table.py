@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ...device import Device, get_device, is_installed
+from ..probe import FOREIGN_ERRORS
 
 HALF = (torch.float16, torch.bfloat16)
 ANY = 1 << 30
@@ -122,7 +124,17 @@ def _efficient(call: Call, device: Device) -> str | None:
 def _xformers(call: Call, device: Device) -> str | None:
     if not is_installed("xformers"):
         return "is not installed"
+    if not _xformers_is_built():
+        return "was built for another torch or without CUDA"
     return _plain(call, softcap=False, sinks=False)
+
+
+@functools.cache
+def _xformers_is_built() -> bool:
+    try:
+        return bool(importlib.import_module("xformers.ops.fmha").cutlass.FwOp.is_available())
+    except (ImportError, *FOREIGN_ERRORS):
+        return False
 
 
 def _plain(call: Call, *, softcap: bool, sinks: bool) -> str | None:
