@@ -32,8 +32,12 @@ else:
 
         AVAILABLE = False
     else:
-        jit = triton.jit
+        from ._launch import jit
+
         AVAILABLE = True
+
+
+_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 @jit
@@ -48,8 +52,8 @@ def interpreted() -> bool:
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU the current one for a launch; Triton launches on the current device."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    if tensor.device.type == "xpu" and tensor.device.index != torch.xpu.current_device():
-        return torch.xpu.device(tensor.device)
-    return contextlib.nullcontext()
+    if tensor.is_cuda:
+        return _HERE if tensor.get_device() == torch.cuda.current_device() else torch.cuda.device(tensor.device)
+    if tensor.is_xpu:
+        return _HERE if tensor.get_device() == torch.xpu.current_device() else torch.xpu.device(tensor.device)
+    return _HERE

@@ -14,7 +14,7 @@ chip.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -291,33 +291,26 @@ class _Parts(NamedTuple):
     parts: torch.Tensor
     out: torch.Tensor
 
-    def arguments(self, name: str) -> dict[str, Any]:
+    def arguments(self, names: Sequence[str]) -> dict[str, Any]:
         """As keyword arguments of the kernel."""
         splits, rows, rank = self.parts.shape
-        return {
-            name: self.parts,
-            f"{name}_out": self.out,
-            f"{name}_splits": splits,
-            f"{name}_stride": rows * rank,
-            f"{name}_rows": rows,
-            f"{name}_rank": rank,
-            f"{name}_row": self.out.stride(0),
-            f"{name}_column": self.out.stride(1),
-        }
+        return dict(zip(names, (self.parts, self.out, splits, rows * rank, rows, rank, *self.out.stride())))
+
+
+_FIRST, _SECOND = (
+    tuple(job + part for part in ("", "_out", "_splits", "_stride", "_rows", "_rank", "_row", "_column"))
+    for job in ("first", "second")
+)
+_NO_SECOND = dict(zip(_SECOND, (None, None, 0, 0, 0, 0, 0, 0)))
 
 
 def _add_up(jobs: list[_Parts], scaling: float) -> None:
     """Sum the parts of one or two jobs in one launch."""
     programs = [cdiv(job.parts[0].numel(), COMBINE_TILE) for job in jobs]
-    arguments = jobs[0].arguments("first")
-    if len(jobs) == 2:
-        arguments |= jobs[1].arguments("second")
-    else:
-        names = ("", "_out", "_splits", "_stride", "_rows", "_rank", "_row", "_column")
-        arguments |= {f"second{name}": None if name in ("", "_out") else 0 for name in names}
+    second = jobs[1].arguments(_SECOND) if len(jobs) == 2 else _NO_SECOND
     with on_device(jobs[0].parts):
         combine_kernel[(sum(programs),)](
-            **arguments, scaling=scaling, programs=programs[0], TILE=COMBINE_TILE, num_warps=4
+            **jobs[0].arguments(_FIRST), **second, scaling=scaling, programs=programs[0], TILE=COMBINE_TILE, num_warps=4
         )
 
 
