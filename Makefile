@@ -39,7 +39,7 @@ test-gpu:  ## run the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu tests
 
 test-multigpu:  ## run the tests of several GPUs over NCCL on this host's first two, in the current environment
-	$(PYTHON) -m pytest -m gpu tests/distributed
+	$(PYTHON) -m pytest -m gpu tests/distributed tests/test_multi_gpu.py
 
 bench-kernels:  ## time every fused op beside its peers on this GPU, into benchmarks/reports
 	$(PYTHON) benchmarks/kernels/run.py --out benchmarks/reports

@@ -6,6 +6,7 @@ Without a launch it trains on one device. Without arguments it uses the embedded
 and runs on a CPU too (``PANTHERAML_DEVICE=cpu torchrun --nproc_per_node=2 ...`` tries two processes out).
 
 ``--advanced`` chooses the timeout itself, checks the number of processes and prints the memory of every GPU.
+``--advanced --strategy fsdp`` shards the model over the GPUs instead of copying it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ parser.add_argument("--data", default=str(demo_data("train")), help="JSON-lines 
 parser.add_argument("--out", default="multi-gpu", help="folder for the results (default: %(default)s)")
 parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
 parser.add_argument("--advanced", action="store_true", help="use PantheraMLDistributedTrainer and a MultiGPUConfig")
+parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp"), default="auto", help="for --advanced")
 arguments = parser.parse_args()
 
-config = MultiGPUConfig(timeout_minutes=60, num_gpus=get_world_size())
+config = MultiGPUConfig(timeout_minutes=60, num_gpus=get_world_size(), strategy=arguments.strategy)
 if arguments.advanced:
     # Needed only for choices that have to be made before the processes meet: backend, address, timeout.
     setup_distributed_training(config)
 
-# Each process loads its own copy onto its own GPU. A model too large for one GPU goes over several in one process
-# instead: start the script with plain python and pass device_map="balanced".
+# Each process loads its own copy onto its own GPU. See docs/Multi-GPU-Guide.md for a model too large for that.
 model, tokenizer = FastLanguageModel.from_pretrained(
     arguments.model, max_seq_length=DEMO.max_seq_length, load_in_4bit=False
 )
@@ -60,7 +61,7 @@ trainer.train()
 if arguments.advanced:
     trainer.print_memory_stats()  # every process has to call it
 
+# Every process has to call this; the first one writes.
+trainer.save_model(f"{arguments.out}/adapter")
 if is_main_process():
-    model.save_pretrained(f"{arguments.out}/adapter")
-    tokenizer.save_pretrained(f"{arguments.out}/adapter")
     print(f"trained on {get_world_size()} process(es); the adapter is in {arguments.out}/adapter")

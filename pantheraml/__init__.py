@@ -121,6 +121,7 @@ _EXPORTS: dict[str, str | tuple[str, str]] = {
         ),
         "distributed",
     ),
+    "launch": "parallel.launch",
     **dict.fromkeys(("RawTextDataLoader", "TextPreprocessor", "SyntheticDataKit"), "dataprep"),
     "is_bfloat16_supported": "device",
     "is_bf16_supported": ("device", "is_bfloat16_supported"),

@@ -8,7 +8,7 @@
 | ``PANTHERAML_KERNELS`` | ``auto`` | ``reference`` forces the eager ops, ``triton`` refuses to run without Triton |
 
 Set by launchers and read here: ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``SLURM_PROCID``, ``SLURM_LOCALID``,
-``SLURM_NTASKS``, ``PJRT_DEVICE``.
+``SLURM_NTASKS``, ``TORCHELASTIC_RESTART_COUNT``, ``PJRT_DEVICE``.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def world_size() -> int:
     if text("SLURM_STEP_ID") is not None:
         return _first_integer("WORLD_SIZE", "SLURM_NTASKS", default=1)
     return _first_integer("WORLD_SIZE", default=1)
+
+
+def restarts() -> int:
+    """How often torchrun has started the ranks of this launch again after a failure."""
+    return _first_integer("TORCHELASTIC_RESTART_COUNT", default=0)
 
 
 def device() -> str | None:

@@ -119,6 +119,12 @@ class CommunicationError(PantheraMLError, TimeoutError):
     exit_code = 7
 
 
+class RankError(PantheraMLError, RuntimeError):
+    """A process of a launch failed."""
+
+    exit_code = 8
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to ``name``, or None when nothing is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

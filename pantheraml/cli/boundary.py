@@ -18,7 +18,9 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (5, "a checkpoint or export could not be written, read or verified"),
     (6, "a loss or gradient is not finite"),
     (7, "the ranks could not reach each other in time"),
+    (8, "a process of a launch failed"),
     (130, "interrupted from the keyboard"),
+    (143, "ended by SIGTERM, after a checkpoint"),
 )
 _INTERRUPTED = 130
 _OUT_OF_MEMORY = 4

@@ -18,6 +18,7 @@ from ..checkpoint.disk import disk_errors, parse_size, require_free
 from ..checkpoint.safetensors_io import TensorSpec, Written, checksum, write_sharded
 from ..errors import CheckpointError, ConfigError, ConflictError
 from ..models.record import ModelRecord, record_of
+from ..parallel.fsdp import is_sharded, whole
 from .adapter import save_adapter
 from .base import BaseUnavailableError, DenseWeights, check_adapters, open_base
 from .compressed import Compression
@@ -57,7 +58,8 @@ def save_merged(
     given, and they are what servers expect. The folder appears under its name only when it is complete and verified.
 
     Args:
-        model: A model with or without PEFT adapters; the active adapters are merged. It is not changed.
+        model: A model with or without PEFT adapters; the active adapters are merged. It is not changed. One that is
+            sharded over ranks is gathered in host memory of rank 0, and every rank has to call this.
         directory: Folder to write. Other files of an existing folder stay; old weight files are replaced.
         tokenizer: Tokenizer or processor to write along, padding on the left.
         save_method: ``"merged_16bit"`` (None means it), ``"lora"`` (the adapter alone, for PEFT), or one of the
@@ -83,6 +85,27 @@ def save_merged(
         CheckpointError: a module would have been left out, a weight is not finite, the disk is full, or the written
             folder does not hold the trained model. Nothing is left under the final name.
     """
+    if is_sharded(model):
+        with whole(model, trained_only=save_method == "lora") as here:
+            return (
+                save_merged(
+                    model,
+                    directory,
+                    tokenizer,
+                    save_method=save_method,
+                    max_shard_size=max_shard_size,
+                    verify=verify,
+                    dtype=dtype,
+                    merge_onto=merge_onto,
+                    is_main_process=is_main_process,
+                    overwrite=overwrite,
+                    finish=finish,
+                    announce=announce,
+                    torchao_config=torchao_config,
+                )
+                if here
+                else None
+            )
     method = check_save_method(save_method)
     shard_size = parse_size(max_shard_size)
     if merge_onto not in ("auto", "base", "dequantized"):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import log, xla_runtime
@@ -275,7 +276,8 @@ class ActivationPlan:
         if self._groups is None:
             self._groups = {}
             for index, layer in enumerate(self._layers):
-                place = next((p.device for p in layer.parameters()), hidden.device)
+                # Shards may wait in host memory; the layer runs where its input is.
+                place = next((p.device for p in layer.parameters() if not isinstance(p, DTensor)), hidden.device)
                 self._groups.setdefault(place, _Group()).indices.append(index)
         for device, group in self._groups.items():
             memory = self._memory(device)

@@ -18,6 +18,7 @@ from ..errors import (
     DeviceMemoryError,
     UnsupportedError,
 )
+from ..parallel.process_group import join_after_restart
 from ..parallel.xla import place
 from . import resolve
 from .adapt import adapt
@@ -305,6 +306,7 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     Raises:
         PantheraMLError: as ``FastLanguageModel.from_pretrained`` says.
     """
+    join_after_restart()
     device = get_device()
     register_attention()
     check_attention_request(request.extra.get("attn_implementation"), device)

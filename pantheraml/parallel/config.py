@@ -30,8 +30,11 @@ class MultiGPUConfig:
         find_unused_parameters: True lets ranks leave out trained weights in a step, which costs time; False (default)
             decides by the model: mixtures of experts and multimodal models need it.
         num_gpus: Number of GPUs that must be in use, or None (default) for whatever the launch has.
-        strategy: ``"ddp"``: a copy of the model on each GPU, which needs a launch; ``"device_map"``: one process, the
-            layers of the model spread over its GPUs; ``"auto"`` (default): the one that fits; ``"fsdp"`` raises.
+        strategy: ``"ddp"``: a copy of the model on each GPU, which needs a launch; ``"fsdp"``: weights, gradients and
+            optimizer state sharded over the GPUs of a launch; ``"device_map"``: one process, the layers of the model
+            spread over its GPUs; ``"auto"`` (default): what the launch and the training arguments say.
+        shard_size: With ``"fsdp"`` the number of neighbouring ranks that share one model, such as the GPUs of a host;
+            the other ranks hold copies of their shards. None (default) means all ranks.
 
     Raises:
         ConfigError: a value out of range.
@@ -48,6 +51,7 @@ class MultiGPUConfig:
     find_unused_parameters: bool = False
     num_gpus: int | None = None
     strategy: Strategy = "auto"
+    shard_size: int | None = None
 
     def __post_init__(self) -> None:
         where = "MultiGPUConfig"
@@ -57,18 +61,17 @@ class MultiGPUConfig:
                     f"{field}=True: {name} parallelism is not available in this release",
                     where=where,
                     hint="a copy of the model on each GPU: torchrun and strategy='ddp'; a model larger than a GPU: "
-                    "load_in_4bit=True, or one process and device_map='balanced'",
+                    "strategy='fsdp', load_in_4bit=True, or one process and device_map='balanced'",
                 )
         if self.strategy not in get_args(Strategy):
             raise ConfigError(
                 f"unknown strategy {self.strategy!r}", where=where, hint=f"use one of {', '.join(get_args(Strategy))}"
             )
-        if self.strategy == "fsdp":
-            raise UnsupportedError(
-                "strategy='fsdp' is not available in this release",
+        if self.shard_size is not None and (self.strategy != "fsdp" or self.shard_size < 2):
+            raise ConfigError(
+                f"shard_size={self.shard_size} with strategy={self.strategy!r}",
                 where=where,
-                hint="strategy='ddp' where a copy of the model fits on each GPU (load_in_4bit=True makes it small), "
-                "else one process and device_map='balanced'",
+                hint="shard_size is for strategy='fsdp' and at least 2",
             )
         if not isinstance(self.use_gradient_checkpointing, bool):
             raise ConfigError(

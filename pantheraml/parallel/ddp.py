@@ -14,6 +14,9 @@ from .ranks import get_rank, get_world_size, is_grouped
 
 # Fields of a text configuration that say how many experts a token chooses from.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MIB = 2**20
+# Gradients of adapters: a few hundred small tensors, whose one message takes less time than the launches of many.
+_ONE_BUCKET_MB = 256
 
 
 def may_leave_weights_unused(model: nn.Module) -> bool:
@@ -25,7 +28,7 @@ def may_leave_weights_unused(model: nn.Module) -> bool:
     return text is not config or any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS)
 
 
-def ddp_options(model: nn.Module, config: MultiGPUConfig | None = None) -> dict[str, bool]:
+def ddp_options(model: nn.Module, config: MultiGPUConfig | None = None) -> dict[str, Any]:
     """What ``DistributedDataParallel`` should be told about a model.
 
     Args:
@@ -33,10 +36,18 @@ def ddp_options(model: nn.Module, config: MultiGPUConfig | None = None) -> dict[
         config: ``find_unused_parameters=True`` holds; False decides by the model.
 
     Returns:
-        ``find_unused_parameters``.
+        ``find_unused_parameters``; ``broadcast_buffers``, which is for buffers that training changes; and
+        ``bucket_cap_mb`` where the gradients are small enough to travel at once.
     """
     asked = config is not None and config.find_unused_parameters
-    return {"find_unused_parameters": asked or may_leave_weights_unused(model)}
+    options: dict[str, Any] = {
+        "find_unused_parameters": asked or may_leave_weights_unused(model),
+        "broadcast_buffers": any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+    }
+    size = -(-sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) // _MIB)
+    if 0 < size <= _ONE_BUCKET_MB:
+        options["bucket_cap_mb"] = size
+    return options
 
 
 def wrap_model_for_distributed(
@@ -57,9 +68,8 @@ def wrap_model_for_distributed(
     device = get_device()
     if device_ids is None and device.is_gpu:
         device_ids = [device.index]
-    unused = ddp_options(model, config)["find_unused_parameters"]
     return DistributedDataParallel(
-        model, device_ids=device_ids, find_unused_parameters=unused, gradient_as_bucket_view=True
+        model, device_ids=device_ids, gradient_as_bucket_view=True, **ddp_options(model, config)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from .. import env
 from ..device import Device, get_device
@@ -72,13 +73,14 @@ def setup_distributed_training(config: MultiGPUConfig | None = None) -> MultiGPU
         )
     if device.is_gpu:
         getattr(torch, device.torch_type).set_device(device.index)
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
     try:
         dist.init_process_group(
             backend,
-            init_method=config.init_method or "env://",
+            **_meeting_place(config.init_method, timeout),
             rank=env.rank(),
             world_size=env.world_size(),
-            timeout=datetime.timedelta(minutes=config.timeout_minutes),
+            timeout=timeout,
             device_id=device.torch_device if backend == "nccl" else None,
         )
     except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
@@ -97,6 +99,24 @@ def setup_distributed_training(config: MultiGPUConfig | None = None) -> MultiGPU
         ) from error
     _address = config.init_method
     return config
+
+
+def _meeting_place(init_method: str | None, timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the ranks meet, as ``init_process_group`` takes it.
+
+    torchrun's ranks keep their store when they are started again, with the addresses of the former ones in it, which a
+    rank would try to reach if it came before the others had written theirs. So every start gets keys of its own.
+    """
+    if init_method is not None or env.restarts() == 0:
+        return {"init_method": init_method or "env://"}
+    store, _, _ = next(iter(rendezvous("env://", env.rank(), env.world_size(), timeout=timeout)))
+    return {"store": dist.PrefixStore(f"pantheraml/restart_{env.restarts()}", store)}
+
+
+def join_after_restart() -> None:
+    """Join the group before anything else does, where the launch was started again; see ``_meeting_place``."""
+    if env.restarts() > 0:
+        setup_distributed_training()
 
 
 def cleanup_distributed_training() -> None:
@@ -138,11 +158,11 @@ def check_count(config: MultiGPUConfig) -> None:
         raise ConflictError(
             f"strategy='device_map' is for one process, and this launch has {ranks}",
             where="MultiGPUConfig",
-            hint="start the script with plain python, or use strategy='ddp'",
+            hint="start the script with plain python, or use strategy='ddp' or 'fsdp'",
         )
-    if config.strategy == "ddp" and ranks == 1:
+    if config.strategy in ("ddp", "fsdp") and ranks == 1:
         raise ConflictError(
-            "strategy='ddp' takes one process for each GPU, and this is a single process",
+            f"strategy={config.strategy!r} takes one process for each GPU, and this is a single process",
             where="MultiGPUConfig",
             hint=launch_hint(config.num_gpus or get_device().count),
         )
@@ -303,6 +323,23 @@ def leave_at_exit() -> None:
 def fail() -> None:
     """Note that this process ends with an error, so that it does not wait for the other ranks as it ends."""
     _Ending.failed = True
+    if is_grouped() and dist.get_world_size() > 1:
+        with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
+            _store().set(_failure_key(), b"1")
+
+
+def some_rank_failed() -> bool:
+    """Whether a rank has called ``fail``; may be asked from any thread."""
+    if not is_grouped() or dist.get_world_size() == 1:
+        return False
+    try:
+        return _store().check([_failure_key()])
+    except (dist.DistStoreError, dist.DistNetworkError):
+        return True
+
+
+def _failure_key() -> str:
+    return f"pantheraml/failed/{env.restarts()}"
 
 
 def _leave() -> None:

@@ -30,7 +30,7 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import padding_free, preparation, ranks, report, rows, states, tpu
+from . import padding_free, preparation, ranks, report, rows, sharded, states, tpu
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
 from .device_guard import DeviceGuard
@@ -38,6 +38,7 @@ from .guards import NonFiniteGuard
 from .isolation import check_isolation
 from .loggers import isolate_loggers
 from .metrics import MetricsWriter
+from .preemption import Preemption
 from .progress import REPLACED, TrainingProgress, duration, parameter_counts
 from .steps import StepWatch
 
@@ -79,6 +80,7 @@ def before_init(
     model, args = arguments["model"], arguments["args"]
     apply_defaults(args, model, record, explicit)
     tpu.settle(trainer, args, record, explicit)
+    sharded.settle(args, record, explicit)
     # TRL reports each construction over the network.
     vars(trainer)["_send_telemetry"] = lambda: None
     tokenizer = getattr(arguments.get("processing_class"), "tokenizer", arguments.get("processing_class"))
@@ -128,6 +130,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
     ranks.complete(trainer)
+    sharded.install(trainer, record)
     figures = defer_figures(trainer)
     watch = StepWatch(trainer)
     guard = (DeviceGuard if on_xla else NonFiniteGuard)(
@@ -141,18 +144,28 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     metrics = MetricsWriter(watch)
     for callback in (guard, metrics):
         trainer.add_callback(callback)
+    preemption = None
+    if not on_xla:
+        preemption = Preemption(guard)
+        trainer.add_callback(preemption)
     progress = _show_progress(trainer, metrics, explicit)
     mode = vars(trainer).pop("_pantheraml_checkpointing", None)
 
     def before() -> None:
         rows.check_labels(trainer.train_dataset)
+        sharded.apply(trainer)
 
     def after(error: BaseException | None) -> None:
+        if preemption is not None:
+            preemption.close()
         if progress is not None:
             progress.close()
         if error is not None:
             fail()
+            ranks.tell_failure(trainer, error)
         _write_report(trainer, metrics, record, error)
+        if error is None and preemption is not None:
+            preemption.end(args)
 
     states.install(trainer, mode, before=before, after=after)
 

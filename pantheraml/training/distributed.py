@@ -13,6 +13,7 @@ from ..errors import ConflictError
 from ..parallel.config import MultiGPUConfig
 from ..parallel.process_group import check_count, gather_objects, setup_distributed_training
 from ..parallel.ranks import get_rank
+from . import sharded
 from .ranks import devices_of
 from .trainer import PantheraMLTrainer, PantheraMLTrainingArguments
 
@@ -83,7 +84,7 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
 
 def _check_model(model: Any, config: MultiGPUConfig) -> None:
     spread = devices_of(model) if model is not None else 1
-    if spread > 1 and (not config.auto_device_map or config.strategy == "ddp"):
+    if spread > 1 and (not config.auto_device_map or config.strategy in ("ddp", "fsdp")):
         raise ConflictError(
             f"the model is spread over {spread} devices, and the config wants it on one",
             where="MultiGPUConfig",
@@ -109,6 +110,12 @@ def _apply(args: Any, config: MultiGPUConfig) -> None:
         args.ddp_find_unused_parameters = True
     if not config.use_gradient_checkpointing:
         args.gradient_checkpointing = False
+    if config.strategy == "fsdp":
+        sharded.configure(args, config.shard_size)
+    elif config.strategy == "ddp" and args.fsdp:
+        raise ConflictError(
+            "strategy='ddp', and the training arguments have fsdp", where="MultiGPUConfig", hint="leave one out"
+        )
 
 
 def _memory_here(*, spread: bool) -> dict[str, dict[str, float]]:

@@ -37,6 +37,8 @@ class NonFiniteGuard(TrainerCallback):
 
     Attributes:
         skipped: Steps skipped so far.
+        stop_asked: Set from outside: this rank wants to stop after the coming step.
+        stop_agreed: Whether some rank wanted to stop, the same on all of them from the coming step on.
     """
 
     def __init__(self, trainer: Any, watch: StepWatch, *, action: str = "raise", patience: int = 10) -> None:
@@ -45,6 +47,7 @@ class NonFiniteGuard(TrainerCallback):
                 f"on_nonfinite is {action!r}", where="argument on_nonfinite", hint="use 'raise' or 'skip'"
             )
         self.skipped = 0
+        self.stop_asked = self.stop_agreed = False
         self._trainer = trainer
         self._watch = watch
         self._action = action
@@ -114,13 +117,16 @@ class NonFiniteGuard(TrainerCallback):
     ) -> tuple[bool, int, list[int]]:
         """Whether any rank's step is bad, the tokens of all ranks, and the ranks whose loss is bad. One reading."""
         args = self._trainer.args
-        facts = torch.zeros(2 + args.world_size, dtype=torch.int64, device=loss.device)
+        facts = torch.zeros(3 + args.world_size, dtype=torch.int64, device=loss.device)
         facts[0] = loss | gradient
         facts[1] = torch.as_tensor(tokens, device=loss.device)
-        facts[2 + args.process_index] = loss
+        if self.stop_asked:
+            facts[2] = 1
+        facts[3 + args.process_index] = loss
         if args.world_size > 1 and dist.is_available() and dist.is_initialized():
             dist.all_reduce(facts)
-        count, total, *losses = facts.tolist()
+        count, total, stops, *losses = facts.tolist()
+        self.stop_agreed = stops > 0
         return count > 0, total, [rank for rank, is_bad in enumerate(losses) if is_bad]
 
     def _describe(self, step: int, model: nn.Module, ranks: list[int]) -> str:

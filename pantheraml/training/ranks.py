@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import get_last_checkpoint
 
 from .. import env, log
-from ..errors import ConflictError
+from ..errors import ConflictError, UnsupportedError
 from ..parallel.batches import evened
 from ..parallel.ddp import ddp_options
 from ..parallel.first import patient
@@ -38,6 +40,7 @@ def settle(args: Any, model: nn.Module, explicit: frozenset[str]) -> None:
 
     Raises:
         ConflictError: the launch has several processes, and the trainer would train in each of them apart.
+        UnsupportedError: the arguments ask for tensor, context or sequence parallelism.
     """
     if env.world_size() > 1 and args.world_size == 1:
         raise ConflictError(
@@ -46,6 +49,7 @@ def settle(args: Any, model: nn.Module, explicit: frozenset[str]) -> None:
             why="Accelerate reads torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)",
             hint="start with torchrun (inside srun too), and import pantheraml before the training arguments are made",
         )
+    _refuse_dimensions(args)
     if args.world_size > 1:
         for name, value in ddp_options(model).items():
             if f"ddp_{name}" not in explicit and getattr(args, f"ddp_{name}") is None:
@@ -56,6 +60,20 @@ def settle(args: Any, model: nn.Module, explicit: frozenset[str]) -> None:
         # and loses the loss's normalisation by tokens.
         log.once(f"training on one of {args.n_gpu} GPUs; for all of them: {launch_hint(args.n_gpu)}", key="one GPU")
         args._n_gpu = 1
+
+
+def _refuse_dimensions(args: Any) -> None:
+    """Refuse ways of dividing one model's work that the fused layers do not know."""
+    config = getattr(args, "parallelism_config", None)
+    for name, title in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(config, name, None)
+        if size is not None and size > 1:
+            raise UnsupportedError(
+                f"{name}={size}: {title} parallelism is not available in this release",
+                where=f"{type(args).__name__}(parallelism_config=...)",
+                hint="fsdp=True shards a model that is too large; use_gradient_checkpointing='offload' makes room for "
+                "long sequences",
+            )
 
 
 @contextlib.contextmanager
@@ -75,14 +93,45 @@ def preparing(arguments: dict[str, Any]) -> Iterator[Callable[[], AbstractContex
         yield turn
 
 
+def tell_failure(trainer: Any, error: BaseException) -> None:
+    """Say which rank of a launch failed, and in which step; the others will only see that it is gone."""
+    args, state = trainer.args, trainer.state
+    if args.world_size > 1 and not isinstance(error, KeyboardInterrupt | SystemExit):
+        first = next(iter(str(error).splitlines()), "")
+        step = f"step {state.global_step + 1}" + (f" of {state.max_steps}" if state.max_steps > 0 else "")
+        log.get_logger().error(
+            f"rank {args.process_index} of {args.world_size} failed in {step}: {type(error).__name__}: {first}"
+        )
+
+
 def complete(trainer: Any) -> None:
-    """Complete a constructed trainer for a launch: even batches at the end of an epoch, and a quiet end."""
+    """Complete a constructed trainer for a launch: restarts, even batches at the end of an epoch, and a quiet end."""
     ranks = trainer.args.world_size
+    if env.restarts() > 0:
+        _go_on(trainer)
     if ranks == 1:
         return
     leave_at_exit()
     if hasattr(trainer.args, "dataset_text_field"):
         _deal_rows_evenly(trainer, ranks)
+
+
+def _go_on(trainer: Any) -> None:
+    """After a restart of the launch, ``train()`` goes on from the newest checkpoint unless it is told otherwise."""
+    original = trainer.train
+
+    @functools.wraps(original)
+    def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        folder = trainer.args.output_dir
+        if resume_from_checkpoint is None and os.path.isdir(folder):
+            resume_from_checkpoint = get_last_checkpoint(folder)
+            found = (
+                f"going on from {resume_from_checkpoint}" if resume_from_checkpoint else "no checkpoint: from the start"
+            )
+            log.info(f"restart {env.restarts()} of the launch: {found}")
+        return original(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = train
 
 
 def _deal_rows_evenly(trainer: Any, ranks: int) -> None:

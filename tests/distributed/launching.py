@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,10 @@ class Launched:
 
 
 def torchrun(
-    *words: Any, ranks: int = 2, device: str = "cpu", timeout: float = 240
+    *words: Any, ranks: int = 2, device: str = "cpu", timeout: float = 600, flags: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in several processes and wait for them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags]
     environment = {k: v for k, v in ENVIRONMENT.items() if device == "cpu" or k != "PANTHERAML_DEVICE"}
     return subprocess.run(
         [*command, *map(str, words)],

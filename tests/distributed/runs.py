@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import build_tokenizer
+from conftest import build_tokenizer, make_tiny
 from datasets import Dataset
 from training_support import panthera_model
 from transformers import TrainerCallback
@@ -111,3 +111,27 @@ def losses_of(trainer: Any) -> list[float]:
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:
     """The trained parameters, by name."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gathered_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The trained parameters of a sharded model, by the names that they had before. Every rank has to call it."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            found[name] = full.detach().cpu().clone()
+    return found
+
+
+def save_tiny(folder: Path) -> None:
+    """The model of ``panthera_model`` as a folder that can be loaded."""
+    make_tiny("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def tiny_qlora(folder: Path) -> Any:
+    """The model of a folder in nf4, with adapters."""
+    from pantheraml import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, load_in_4bit=True, dtype=torch.float32)
+    return FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "v_proj", "down_proj"])

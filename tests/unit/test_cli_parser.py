@@ -97,6 +97,7 @@ ADDED = {
     "json": False,
     "debug": False,
     "gpus": 1,
+    "max_restarts": 0,
     "use_tpu": False,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from pantheraml.models.resolve import resolve_placement
 from pantheraml.parallel.batches import EvenBatches, evened
 from pantheraml.parallel.ddp import ddp_options
 from pantheraml.parallel.launch import launch_module, processes_for
+from pantheraml.training import sharded
+from pantheraml.training.ranks import settle
 
 FOUR = Device("cuda", "cuda", 0, 4, "H100", (9, 0), 80 * 1024**3, True, True, True)
 
@@ -73,11 +76,12 @@ def test_ranks_before_the_group_are_the_launchers(launcher, expected, monkeypatc
     [
         ({"tensor_parallel": True}, UnsupportedError),
         ({"pipeline_parallel": True}, UnsupportedError),
-        ({"strategy": "fsdp"}, UnsupportedError),
         ({"strategy": "zero"}, ConfigError),
         ({"backend": "nvlink"}, ConfigError),
         ({"timeout_minutes": 0}, ConfigError),
         ({"num_gpus": 0}, ConfigError),
+        ({"shard_size": 2}, ConfigError),
+        ({"strategy": "fsdp", "shard_size": 1}, ConfigError),
         ({"use_gradient_checkpointing": "unsloth"}, ConfigError),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -87,7 +91,7 @@ def test_options_that_cannot_be_honoured_raise(options, error):
         MultiGPUConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"num_gpus": 2}, {"strategy": "ddp"}], ids=str)
+@pytest.mark.parametrize("options", [{"num_gpus": 2}, {"strategy": "ddp"}, {"strategy": "fsdp"}], ids=str)
 def test_asking_for_ranks_that_are_not_there_names_the_command(options):
     with pytest.raises((ConfigError, ConflictError), match="torchrun --nproc_per_node=2"):
         distributed.setup_distributed_training(MultiGPUConfig(**options))
@@ -212,10 +216,20 @@ def test_staying_on_one_gpu_can_be_insisted_on():
 
 
 def test_unused_weights_are_looked_for_where_a_step_may_leave_some():
-    assert ddp_options(panthera_model()) == {"find_unused_parameters": False}
+    assert not ddp_options(panthera_model())["find_unused_parameters"]
     assert ddp_options(panthera_model(), MultiGPUConfig(find_unused_parameters=True))["find_unused_parameters"]
     experts = make_tiny("mixtral", num_local_experts=4, num_experts_per_tok=2)
     assert ddp_options(experts)["find_unused_parameters"]
+
+
+def test_gradients_of_adapters_travel_at_once_and_buffers_stay():
+    options = ddp_options(panthera_model())
+    assert options["bucket_cap_mb"] == 1
+    assert not options["broadcast_buffers"]
+    assert ddp_options(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))["broadcast_buffers"]
+    large = torch.nn.Linear(1, 1)
+    large.weight = torch.nn.Parameter(torch.empty(300 * 2**18, 1, device="meta"))
+    assert "bucket_cap_mb" not in ddp_options(large)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -278,6 +292,39 @@ class TestTrainer:
             PantheraMLTrainer(
                 model=panthera_model(), args=args, train_dataset=texts(8), processing_class=tiny_tokenizer
             )
+
+    @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+    def test_other_dimensions_are_refused(self, name, tmp_path):
+        args = SimpleNamespace(world_size=1, n_gpu=1, parallelism_config=SimpleNamespace(**{name: 2}))
+        with pytest.raises(UnsupportedError, match=f"{name}=2"):
+            settle(args, panthera_model(), frozenset())
+
+
+SHARDED = {"world_size": 2, "fsdp": True, "optim": "adamw_torch", "fsdp_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "quantization", "explicit", "error", "told"),
+    [
+        ({"fsdp_config": {"version": 1}}, "none", (), UnsupportedError, "FSDP1"),
+        ({"fsdp_config": {"activation_checkpointing": True}}, "none", (), ConflictError, "a plan of its own"),
+        ({}, "int8", (), UnsupportedError, "int8 cannot be sharded"),
+        ({}, "fp8", (), UnsupportedError, "fp8 cannot be sharded"),
+        ({"optim": "adamw_8bit"}, "none", ("optim",), ConflictError, "adamw_torch_fused"),
+    ],
+    ids=["FSDP1", "checkpointing", "int8", "fp8", "optimizer"],
+)
+def test_what_does_not_go_with_sharding_raises(options, quantization, explicit, error, told):
+    record = SimpleNamespace(quantization=quantization)
+    with pytest.raises(error, match=told):
+        sharded.settle(SimpleNamespace(**SHARDED | options), record, frozenset(explicit))
+    sharded.settle(SimpleNamespace(**SHARDED | options | {"fsdp": None}), record, frozenset(explicit))
+
+
+def test_the_default_optimizer_of_a_sharded_run_has_sharded_state():
+    args = SimpleNamespace(**SHARDED | {"optim": "adamw_8bit"})
+    sharded.settle(args, SimpleNamespace(quantization="nf4"), frozenset())
+    assert args.optim.value == ("adamw_torch_fused" if get_device().is_gpu else "adamw_torch")
 
 
 # ---- launching

@@ -78,6 +78,7 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
         ("hub_path", "push_model", pushes or args.push_gguf),
         ("chunk_size", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
         ("stride", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
+        ("max_restarts", "gpus", "gpus" in args.explicit),
         ("per_device_eval_batch_size", "eval_dataset", bool(args.eval_dataset or args.eval_split)),
     )
     for flag, needed, used in idle:
@@ -96,7 +97,9 @@ def _launched(args: argparse.Namespace) -> int | None:
             )
         return None
     processes = processes_for(args.gpus)
-    return launch_module("pantheraml.cli", args.argv, processes) if processes > 1 else None
+    if processes == 1:
+        return None
+    return launch_module("pantheraml.cli", args.argv, processes, max_restarts=args.max_restarts)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,16 +53,20 @@ def base_weight(
         return weight if plain_tensor(weight) else None
     if type(layer) is Fp8Linear:
         return layer.fp8_weight() if layer.is_fp8 else weight
-    state = getattr(weight, "quant_state", None)
+    # A sharded model keeps the state on the layer; the weight is its plain bytes while the layer runs.
+    state = getattr(weight, "quant_state", None) or (
+        layer.__dict__.get("quant_state") if plain_tensor(weight) else None
+    )
     in_fp8 = _FOUR_BIT.get(type(layer).__name__)
     if in_fp8 is None or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     cached = layer.__dict__.get(_PACKED)
-    if cached is None or cached[0] != weight.data_ptr():
+    # An address alone may have been freed and given to another weight in the meantime.
+    if cached is None or cached[0] is not weight or cached[1] != weight.data_ptr():
         stored = Quantized4Bit.from_quant_state(weight.data, state)
-        cached = (weight.data_ptr(), Nf4Fp8Weight.of(stored) if in_fp8 else stored)
+        cached = (weight, weight.data_ptr(), Nf4Fp8Weight.of(stored) if in_fp8 else stored)
         layer.__dict__[_PACKED] = cached
-    return cached[1]
+    return cached[2]
 
 
 def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) -> Projection | None:

@@ -1,0 +1,229 @@
+"""A model whose weights are sharded over the ranks: torch's FSDP2, one decoder layer a unit, and the whole model again.
+
+A unit's weights are gathered before its forward and its backward and freed after each, so that a layer computes on
+plain tensors like everywhere else, and holds ``DTensor`` parameters in between. 4-bit weights are sharded as the bytes
+they are; their scales, a sixteenth of them or less, stay on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..device import get_device
+from ..errors import ConfigError, UnsupportedError
+from .process_group import meet
+from .ranks import get_rank, get_world_size
+
+_STATE = "quant_state"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# What bitsandbytes keeps on a 4-bit parameter besides its state.
+_DESCRIPTION = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "module")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether ``shard`` (or ``fully_shard``) was applied to a model as a whole."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    offload: OffloadPolicy | None = None,
+    shard_size: int | None = None,
+) -> None:
+    """Shard a model over the ranks, in place. Every rank has to call it with the same weights.
+
+    Args:
+        model: The outermost module, the one that will be called.
+        layers: Its decoder layers, each of which becomes a unit; the embedding becomes one, and the rest.
+        compute_dtype: Dtype in which weights are gathered and computed with, for float32 weights that train in mixed
+            precision; None (default) leaves every weight in its own.
+        reshard_after_forward: Whether a layer's weights are freed between forward and backward, default True.
+        offload: Where the shards are kept, default on the device.
+        shard_size: Number of neighbouring ranks that share one model, such as those of a host; the others hold copies
+            of their shards. Default all.
+
+    Raises:
+        ConfigError: ``shard_size`` does not divide the number of ranks.
+        UnsupportedError: a weight has a form that cannot be sharded.
+    """
+    _check(model)
+    _store_four_bit_plainly(model)
+    options: dict[str, Any] = {
+        "mesh": _mesh(shard_size or get_world_size()),
+        # Gradients of 16-bit weights are summed over the ranks in float32.
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        **({} if offload is None else {"offload_policy": offload}),
+    }
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and head.weight is embedding.weight
+    if not tied and type(embedding) is nn.Embedding and embedding._parameters:
+        fully_shard(embedding, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, **options)
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+
+
+def _mesh(shard_size: int) -> DeviceMesh:
+    ranks = get_world_size()
+    if not 1 < shard_size <= ranks or ranks % shard_size:
+        raise ConfigError(
+            f"{ranks} ranks cannot be divided into groups of {shard_size}",
+            where="shard_size",
+            hint="give a divisor of the number of ranks over 1, or leave it out",
+        )
+    kind = get_device().torch_type
+    if shard_size == ranks:
+        return init_device_mesh(kind, (ranks,))
+    return init_device_mesh(kind, (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def _check(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or parameter.is_meta:
+            continue
+        kind = type(parameter)
+        four_bit = getattr(parameter, _STATE, None) is not None
+        if not four_bit and (kind is not nn.Parameter or parameter.dtype not in _FLOATS):
+            raise UnsupportedError(
+                f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, which cannot be sharded",
+                where=kind.__name__,
+                hint="load in 16 bits or with load_in_4bit=True, or let every GPU hold a copy: strategy='ddp'",
+            )
+
+
+def _store_four_bit_plainly(model: nn.Module) -> None:
+    """Move the description of every 4-bit weight from the parameter, which FSDP replaces, to its layer."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        state = getattr(weight, _STATE, None)
+        if weight is None or state is None:
+            continue
+        module.__dict__[_STATE] = state
+        module.__dict__["_pantheraml_four_bit"] = type(weight), {n: getattr(weight, n, None) for n in _DESCRIPTION}
+        # In evaluation bitsandbytes would rearrange the bytes for this CPU, in place.
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+        module._parameters["weight"] = nn.Parameter(weight.data, requires_grad=False)
+
+
+# ---------------------------------------------------------------- whole again
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
+    """Inside, the model of rank 0 is an ordinary one in host memory; the other ranks wait for it. All have to enter.
+
+    One weight at a time is gathered, so that no device ever holds the model. Afterwards everything is as before. A
+    model that is not sharded is left alone, and no rank waits.
+
+    Args:
+        model: What ``shard`` was given.
+        trained_only: Whether only the weights that train are gathered; the others stay shards, which nothing inside
+            may read.
+
+    Yields:
+        Whether this rank has the whole model.
+    """
+    if not is_sharded(model):
+        yield True
+        return
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    host: dict[int, nn.Parameter] = {}
+    for parameter in list(model.parameters()):
+        if isinstance(parameter, DTensor) and (parameter.requires_grad or not trained_only):
+            full = _gathered(parameter)
+            if get_rank() == 0:
+                host[id(parameter)] = nn.Parameter(full.to("cpu"), requires_grad=parameter.requires_grad)
+    try:
+        if get_rank() == 0:
+            with _ordinary(model, units, host, with_buffers=not trained_only):
+                yield True
+        else:
+            yield False
+    finally:
+        meet()
+
+
+def _gathered(parameter: DTensor) -> torch.Tensor:
+    local: Any = parameter.detach()
+    if local.device.type == "cpu" and get_device().is_gpu:
+        # Offloaded shards; the ranks are connected by their GPUs.
+        local = local.to(get_device().torch_device)
+    return local.full_tensor()
+
+
+@contextlib.contextmanager
+def _ordinary(
+    model: nn.Module, units: list[Any], host: dict[int, nn.Parameter], *, with_buffers: bool
+) -> Iterator[None]:
+    """Take FSDP's classes and hooks off the units and put the weights in ``host`` in place; undo it at the end."""
+    undo: list[Callable[[], None]] = []
+
+    def put(table: dict[Any, Any], key: Any, value: Any) -> None:
+        before = table.get(key)
+        undo.append(lambda: table.__setitem__(key, before))
+        table[key] = value
+
+    for module in model.modules():
+        state = module.__dict__
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in host:
+                put(module._parameters, name, host[id(parameter)])
+        if with_buffers:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    put(module._buffers, name, buffer.to("cpu"))
+        if with_buffers and "_pantheraml_four_bit" in state and state.get(_STATE) is not None:
+            moved = _to_host(state[_STATE])
+            put(state, _STATE, moved)
+            kind, described = state["_pantheraml_four_bit"]
+            stored: Any = module._parameters["weight"]
+            put(module._parameters, "weight", kind(stored.data, requires_grad=False, **{_STATE: moved, **described}))
+    for unit in units:
+        sharded = unit.__class__
+
+        def restore(unit: Any = unit, sharded: type = sharded) -> None:
+            unit.__class__ = sharded
+
+        undo.append(restore)
+        unit.__class__ = sharded.__bases__[1]
+        for name in _HOOKS:
+            hooks = unit.__dict__[name]
+            kept = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook))
+            put(unit.__dict__, name, kept)
+    try:
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _to_host(state: Any) -> Any:
+    """A copy of a quantisation state in host memory."""
+    copied = copy.deepcopy(state)
+    copied.to("cpu")
+    return copied
+
+
+def _is_fsdps(hook: Any) -> bool:
+    """Whether a hook is a method of FSDP's state."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
