@@ -10,7 +10,9 @@ by those letters only. Every other conversation is encoded as it is.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,19 +52,23 @@ class TypedControl:
         self._hidden = {token: chr(first + index) for index, token in enumerate(tokens)}
         self._alias = {token: chr(first + len(tokens) + index) for index, token in enumerate(tokens)}
         self._typed_by = {letter: token for token, letter in self._hidden.items()}
-        reserved = f"[{chr(first)}-{chr(_END - 1)}]" if tokens else "(?!)"
+        # Typed letters must not pass for tokens.
+        self._reserved = re.compile(f"[{chr(first)}-{chr(_END - 1)}]" if tokens else "(?!)")
         delimiters, self._ends = _delimiters(tokenizer, tokens)
-        self._anyone = _pattern((*map(re.escape, tokens), reserved))
-        self._assistant = _pattern((*map(re.escape, delimiters), reserved))
+        self._anyone = _pattern(tuple(map(re.escape, tokens)))
+        self._assistant = _pattern(tuple(map(re.escape, delimiters)))
         self._written = _pattern((*map(re.escape, tokens), *self._typed_by))
 
     def typed(self, chat: Sequence[Mapping[str, Any]], tools: Any = None) -> str | None:
         """The first control token that ``chat`` or ``tools`` spells and that stays text; None when there is none."""
         for message in chat:
             pattern = self._assistant if message.get("role") == "assistant" else self._anyone
-            found = self._find(message, pattern)
-            if found is not None:
-                return found
+            for key, value in message.items():
+                if key == "role" or value is None:
+                    continue
+                # Most values are texts without any.
+                if (type(value) is not str or pattern.search(value)) and (found := self._find(value, pattern)):
+                    return found
         return self._find(tools, self._anyone) if tools else None
 
     def hide(self, chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -78,10 +84,15 @@ class TypedControl:
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of the rendering of a conversation that ``hide`` returned; no special token is added."""
+        return self._backend.encode(self._written.sub(self._settle, rendered), add_special_tokens=False).ids
+
+    def encode_with_places(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """``encode``, and where in ``text(rendered)`` each token stands."""
         text = self._written.sub(self._settle, rendered)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        return self._backend.encode(text, add_special_tokens=False).ids
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        token_of = {letter: token for token, letter in self._alias.items()}
+        at = list(itertools.accumulate((len(token_of.get(letter, letter)) for letter in text), initial=0))
+        return encoding.ids, [(at[start], at[end]) for start, end in encoding.offsets]
 
     def text(self, rendered: str) -> str:
         """The rendering as people read it, with what was typed in its place."""
@@ -89,7 +100,10 @@ class TypedControl:
 
     @functools.cached_property
     def _backend(self) -> Any:
-        return renamed(self._inner._tokenizer, self._alias)
+        backend = renamed(self._inner._tokenizer, self._alias)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def _settle(self, match: re.Match[str]) -> str:
         return self._alias[match[0]] if match[0] in self._alias else self._typed_by[match[0]]
@@ -103,8 +117,9 @@ class TypedControl:
 
     def _hide(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
+            value = self._reserved.sub(_REPLACEMENT, value)
             reach = self._reach(value, pattern)
-            return pattern.sub(lambda match: self._hidden.get(match[0], _REPLACEMENT), value[:reach]) + value[reach:]
+            return pattern.sub(lambda match: self._hidden[match[0]], value[:reach]) + value[reach:]
         if isinstance(value, Mapping):
             return {key: part if key == "role" else self._hide(part, pattern) for key, part in value.items()}
         return [self._hide(part, pattern) for part in value] if isinstance(value, list) else value
@@ -115,6 +130,20 @@ class TypedControl:
             return len(value)
         stripped = value.rstrip()
         return next((len(stripped) - len(end) for end in self._ends if stripped.endswith(end)), len(value))
+
+
+def control_of(tokenizer: Any) -> TypedControl:
+    """What finds typed control tokens for a tokenizer or processor; made once for each state of it."""
+    inner = text_part(tokenizer)
+    named = (inner.bos_token, inner.eos_token, inner.pad_token, inner.split_special_tokens)
+    state = (repr(tokenizer.chat_template), len(inner), named)
+    known = _known.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _known[tokenizer] = (state, TypedControl(tokenizer))
+    return known[1]
+
+
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, TypedControl]] = weakref.WeakKeyDictionary()
 
 
 def _pattern(choices: Sequence[str]) -> re.Pattern[str]:

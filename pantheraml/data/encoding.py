@@ -7,6 +7,7 @@ beginning-of-sequence token gets no second one.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from .. import log
-from .control import TypedControl
+from .control import control_of
 from .markers import render
 from .pieces import text_part
 
@@ -24,6 +26,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 # Columns that are read; the text column's name is the user's.
+_PLAIN = {"role", "content"}
 READ = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 
 
@@ -86,7 +89,9 @@ class Encoder:
         bos = self._inner.bos_token_id
         self._adds_bos = bos is not None and self._inner("a")["input_ids"][:1] == [bos]
         has_template = bool(getattr(tokenizer, "chat_template", None))
-        self._control = TypedControl(tokenizer) if has_template and not parse_control else None
+        self._special = dict(self._inner.special_tokens_map)
+        self._template = _compiled(tokenizer, chat_template) if has_template else None
+        self._control = control_of(tokenizer) if has_template and not parse_control else None
 
     def _is_fast(self) -> bool:
         return isinstance(self._inner, PreTrainedTokenizerFast)
@@ -176,7 +181,7 @@ class Encoder:
             return []
         if self._backend is None:
             return self._inner(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return [item.ids for item in self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
+        return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
     def begin(self) -> None:
         """Undo the truncation and padding that the last call of the tokenizer may have left."""
@@ -217,6 +222,11 @@ class Encoder:
 
     def _render_all(self, chats: Sequence[Any], options: dict[str, Any]) -> list[str]:
         try:
+            if self._template is not None and all(map(_is_plain, itertools.chain.from_iterable(chats))):
+                # What apply_chat_template does besides is for other messages, and takes as long as this.
+                prompt = options.get("add_generation_prompt", False)
+                values = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self._special}
+                return [self._template.render(messages=chat, **values) for chat in chats]
             return self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options) if len(chats) else []
         except TEMPLATE_ERRORS:
             # Again one by one, to know which.
@@ -232,6 +242,23 @@ class Encoder:
         tools = columns["tools"][index] if "tools" in columns else None
         own = columns["chat_template_kwargs"][index] if "chat_template_kwargs" in columns else None
         return {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (own or {})
+
+
+def _compiled(tokenizer: Any, chat_template: str | None) -> Any:
+    """The template as transformers compiles and runs it, in its sandbox; None where that cannot be had."""
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    plain = type(tokenizer).apply_chat_template is PreTrainedTokenizerFast.apply_chat_template
+    text = chat_template or tokenizer.chat_template
+    if compile_template is None or not plain or not isinstance(text, str):
+        return None
+    try:
+        return compile_template(text)
+    except jinja2.TemplateError:
+        return None  # Rendering says why.
+
+
+def _is_plain(message: Any) -> bool:
+    return message.keys() == _PLAIN and type(message["content"]) is str
 
 
 def _has_extras(columns: Columns) -> bool:

@@ -5,14 +5,17 @@ Where the messages are at hand, :mod:`pantheraml.data.replies` gives the same la
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from .markers import Markers, detect_markers
-from .pieces import OPEN, Pieces, Row, marked, pieces_of, text_part
+from .pieces import OPEN, Pieces, marked, pieces_of, text_part
 
 IGNORED = -100
 Span = tuple[int, int]
@@ -38,39 +41,59 @@ class ResponseMasker:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """The ``labels`` of a row with ``input_ids``, and perhaps ``labels``, ``attention_mask``, ``seq_lengths``."""
-        lengths = row.get("seq_lengths")
-        # A packed row holds documents of these lengths.
-        labels = self.labels(_plain(row["input_ids"]), None if lengths is None else _plain(lengths))
-        return {"labels": masked_before(labels, row)}
+        return {"labels": self.batch({name: [value] for name, value in row.items() if name in COLUMNS})["labels"][0]}
 
     def batch(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[list[int]]]:
         """The ``labels`` of a batch of rows, given as columns."""
-        columns = {name: rows[name] for name in rows if name in _COLUMNS}
-        return {"labels": [self(dict(zip(columns, values)))["labels"] for values in zip(*columns.values())]}
+        ids = [_plain(row) for row in rows["input_ids"]]
+        lengths = [None if row is None else _plain(row) for row in rows.get("seq_lengths") or [None] * len(ids)]
+        labelled = [self.labels(row, several) for row, several in zip(ids, lengths)]
+        names = [name for name in rows if name in COLUMNS]
+        singles = (dict(zip(names, values)) for values in zip(*(rows[name] for name in names)))
+        return {"labels": [masked_before(labels, row) for labels, row in zip(labelled, singles)]}
 
     def labels(self, input_ids: Sequence[int], seq_lengths: Sequence[int] | None = None) -> list[int]:
         """The labels of one row of token ids."""
-        labels = [IGNORED] * len(input_ids)
-        offset = 0
-        for length in seq_lengths if seq_lengths is not None else [len(input_ids)]:
-            document = input_ids[offset : offset + length]
-            row = Row.of(self.pieces.of(document))
-            for start, end in self._spans(row.data):
-                for position in row.tokens(start, end):
-                    labels[offset + position] = document[position]
-            offset += length
+        ends = itertools.accumulate([len(input_ids)] if seq_lengths is None else seq_lengths, initial=0)
+        return self.flat_labels(np.asarray(input_ids, np.int64), list(ends)).tolist()
+
+    def flat_labels(self, ids: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+        """The labels of many documents that lie one after the other.
+
+        Args:
+            ids: Token ids of all, [N].
+            bounds: Where in ``ids`` each document begins, and where the last one ends.
+
+        Returns:
+            The labels, [N], of the type of ``ids``.
+        """
+        pieces = self.pieces.of(ids.tolist())
+        data = b"".join(pieces)
+        starts = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=starts[1:])
+        spans: list[Span] = []
+        edges = starts[np.asarray(bounds)].tolist()
+        for begin, end in itertools.pairwise(edges):
+            if begin < end:
+                spans += self._spans(data, begin, end)
+        labels = np.full_like(ids, IGNORED)
+        if spans:
+            of_spans = np.array(spans)
+            first = np.searchsorted(starts, of_spans[:, 0], "right") - 1
+            for start, end in zip(first.tolist(), np.searchsorted(starts, of_spans[:, 1], "left").tolist()):
+                labels[start:end] = ids[start:end]
         return labels
 
     def has_response(self, input_ids: Sequence[int]) -> bool:
         """Whether something in the row opens a reply."""
         return self.response.search(b"".join(self.pieces.of(input_ids))) is not None
 
-    def _spans(self, data: bytes) -> list[Span]:
-        spans = list(_spans(data, self.response, self.stop, has_end=bool(self.markers.ends)))
+    def _spans(self, data: bytes, begin: int, end: int) -> list[Span]:
+        spans = list(_spans(data, begin, end, self.response, self.stop, has_end=bool(self.markers.ends)))
         return spans[-1:] if self.last_response_only else spans
 
 
-_COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths")
+COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths")
 
 
 def _plain(values: Any) -> list[int]:
@@ -87,15 +110,18 @@ def masked_before(labels: list[int], row: Mapping[str, Any]) -> list[int]:
     return labels
 
 
-def _spans(data: bytes, response: re.Pattern[bytes], stop: re.Pattern[bytes], *, has_end: bool) -> Iterator[Span]:
-    position = 0
-    while (opening := response.search(data, position)) is not None:
+def _spans(
+    data: bytes, begin: int, limit: int, response: re.Pattern[bytes], stop: re.Pattern[bytes], *, has_end: bool
+) -> Iterator[Span]:
+    """The replies in the document ``data[begin:limit]``."""
+    position = begin
+    while (opening := response.search(data, position, limit)) is not None:
         start = opening.end()
-        closing = stop.search(data, start)
+        closing = stop.search(data, start, limit)
         if closing is not None and closing["end"] is not None:
             end = position = closing.end()
         else:
-            end = position = len(data) if closing is None else closing.start()
+            end = position = limit if closing is None else closing.start()
             if closing is not None or not has_end:
                 # Not cut off: what separates turns is no part of the reply.
                 end = start + len(data[start:end].rstrip())

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,7 +117,8 @@ def prepare(
         table = pa.ipc.open_stream(sink.getvalue()).read_all()
         made = Dataset(table)
     else:
-        made, counts = _cached(_folder(dataset), _key(dataset, encoder, cut), make)
+        key = _key(dataset, encoder, cut) if datasets.is_caching_enabled() else uuid.uuid4().hex
+        made, counts = _cached(_folder(dataset), key, make)
     trained = made.data.column("trained").to_numpy()
     added = cast("Dataset", made.remove_columns("trained"))
     whole = concatenate_datasets([dataset, added], axis=1)

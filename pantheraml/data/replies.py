@@ -10,13 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from .control import control_of
 from .markers import Markers, common_start, detect_markers, render, try_render
 from .masking import IGNORED, Span
 from .pieces import Pieces, Row, pieces_of, text_part, unmarked
 
 
 def assistant_masks(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, last_response_only: bool = False, **options: Any
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    last_response_only: bool = False,
+    parse_control_tokens: bool = False,
+    **options: Any,
 ) -> tuple[list[int], list[int]]:
     """Tokenise a conversation, with labels on what the assistant writes and on the token that ends each reply.
 
@@ -27,6 +33,7 @@ def assistant_masks(
         messages: The conversation: ``role`` and ``content``, and what else the template knows.
         tokenizer: Tokenizer or processor with a chat template and, inside, a fast tokenizer.
         last_response_only: Whether only the last reply is trained. Default False.
+        parse_control_tokens: Whether control tokens that messages spell are read as such, not as text. Default False.
         options: Passed to the template, such as ``tools`` or ``enable_thinking``.
 
     Returns:
@@ -37,13 +44,25 @@ def assistant_masks(
     """
     chat = [dict(message) for message in messages]
     inner = text_part(tokenizer)
+    control = None if parse_control_tokens else control_of(tokenizer)
+    if control is not None and control.typed(chat, options.get("tools")) is None:
+        control = None
+    if control is not None:
+        chat = control.hide(chat)
+        options |= {"tools": control.hide_all(options["tools"])} if options.get("tools") else {}
     text = render(chat, tokenizer, **options)
     spans = _message_spans(chat, text, tokenizer, options)
     if last_response_only:
         spans = spans[-1:]
-    encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, labels = encoded["input_ids"], [IGNORED] * len(encoded["input_ids"])
-    for position in _covered(text, spans, ids, encoded["offset_mapping"], pieces_of(inner)):
+    if control is None:
+        encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    else:
+        ids, places = control.encode_with_places(text)
+        spans = [(len(control.text(text[:start])), len(control.text(text[:end]))) for start, end in spans]
+        text = control.text(text)
+    labels = [IGNORED] * len(ids)
+    for position in _covered(text, spans, ids, places, pieces_of(inner)):
         labels[position] = ids[position]
     return ids, labels
 

@@ -6,9 +6,12 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from datasets import Dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .. import log
@@ -20,6 +23,7 @@ from .replies import assistant_masks
 # Rows of a stream that are looked at before training: reading more would delay it.
 _PEEK = 100
 _SHOWN = 400
+_BATCH = 1000
 _COLLATED = 2
 # Collators of transformers that make labels of the token ids, or cannot pad them.
 _WITHOUT_LABELS = (DataCollatorForLanguageModeling, DataCollatorWithPadding)
@@ -51,7 +55,8 @@ def train_on_responses_only(
         tokenizer: Tokenizer or processor of the rows. Default: the trainer's.
         return_function: Whether to return the function from a batch (``input_ids`` as lists) to its ``labels``, and to
             leave the trainer alone. Default False.
-        num_proc: Worker processes for map-style data sets. Default: the trainer's ``dataset_num_proc``.
+        num_proc: Worker processes for map-style data sets. Default None: this process, which masks some ten thousand
+            short rows a second.
         last_response_only: Whether only the last reply of each conversation is trained. Default False.
 
     Returns:
@@ -70,9 +75,7 @@ def train_on_responses_only(
     )
     if return_function:
         return masker.batch
-    if num_proc is None:
-        num_proc = getattr(trainer.args, "dataset_num_proc", None)
-    label = Labeller(masker, tokenizer) if response_part is None else masker
+    label = Labeller(masker, tokenizer if response_part is None else None)
     found: dict[str, Any] = {}
     told: list[str] = []
     collated = False
@@ -113,7 +116,7 @@ def _main_process_first(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     return first(desc="masking of all but the replies") if first else contextlib.nullcontext()
 
 
-def _labelled(dataset: Any, label: Callable[..., Any], num_proc: int | None) -> tuple[Any, int, str]:
+def _labelled(dataset: Any, label: Labeller, num_proc: int | None) -> tuple[Any, int, str]:
     """The data set with its labels and without the rows that have none, how many rows, and what to tell about it.
 
     The data set is None when no row is left.
@@ -125,20 +128,46 @@ def _labelled(dataset: Any, label: Callable[..., Any], num_proc: int | None) -> 
         message = f"{empty} of the first {len(rows)} rows have no reply left" if empty else "a stream"
         kept = labelled.filter(_has_label) if empty < len(rows) else None
         return kept, len(rows), f"{message}, rows without are dropped as they come"
-    labelled = dataset.map(label, num_proc=num_proc, desc="Masking all but the replies")
-    kept = labelled.filter(
-        _have_labels, batched=True, input_columns=["labels"], num_proc=num_proc, desc="Dropping rows without a reply"
-    )
-    total, dropped = len(labelled), len(labelled) - len(kept)
+    kept = _mapped(dataset, label, num_proc)
+    total, dropped = len(dataset), len(dataset) - len(kept)
     if not dropped:
-        return labelled, total, f"{total:,} rows"
+        return kept, total, f"{total:,} rows"
     message = f"{total:,} rows, of which {dropped:,} without a reply (cut off, or not marked) are dropped"
     return kept if len(kept) else None, total, message
 
 
+def _mapped(dataset: Dataset, label: Labeller, num_proc: int | None) -> Dataset:
+    """The data set with ``label``'s columns, in the format that it has."""
+    sample = label.table(cast("pa.Table", dataset.with_format("arrow")[:1]), drop=False)
+    features = dataset.features.copy()
+    features["labels"] = Features.from_arrow_schema(sample.schema.remove_metadata())["labels"]
+    mapped = dataset.with_format("arrow").map(
+        label.table,
+        batched=True,
+        batch_size=_BATCH,
+        num_proc=num_proc,
+        remove_columns=dataset.column_names,
+        features=features,
+        desc="Masking all but the replies",
+    )
+    format = dataset.format
+    chosen = [*dict.fromkeys([*format["columns"], "labels"])]
+    return cast("Dataset", mapped).with_format(
+        format["type"],
+        columns=None if len(chosen) == len(mapped.column_names) else chosen,
+        output_all_columns=format["output_all_columns"],
+        **format["format_kwargs"],
+    )
+
+
 @dataclass(frozen=True)
 class Labeller:
-    """Labels of a row by its token ids, and by its messages where one of them spells a marker."""
+    """Labels of rows by their token ids, and by their messages where one of them spells a marker.
+
+    Attributes:
+        masker: Finds replies in token ids.
+        tokenizer: Tokenizer or processor with the chat template; None where messages are not to be looked at.
+    """
 
     masker: ResponseMasker
     tokenizer: Any
@@ -148,29 +177,89 @@ class Labeller:
         chat = row.get("messages")
         if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
             chat = [*row["prompt"], *row["completion"]]
-        if not isinstance(chat, list) or row.get("seq_lengths") is not None or not self._spells_marker(chat):
+        if self.tokenizer is None or not isinstance(chat, list) or row.get("seq_lengths") is not None:
+            return self.masker(row)
+        if not any(text in str(message.get("content")) for text in self._markers() for message in chat):
             return self.masker(row)
         tools = row.get("tools")
         options: dict[str, Any] = {
             "tools": json.loads(tools) if isinstance(tools, str) else tools,
             **(row.get("chat_template_kwargs") or {}),
         }
-        try:
-            ids, labels = assistant_masks(chat, self.tokenizer, **options)
-        except DataError:
-            ids, labels = [], []
-        count = len(row["input_ids"])
-        for part in (slice(count), slice(-count, None)):  # cut off at the end, or at the start
-            if ids[part] == row["input_ids"]:
-                kept = _last_reply(labels[part]) if self.masker.last_response_only else labels[part]
-                return {"labels": masked_before(kept, row)}
+        for parse in (False, True):
+            try:
+                ids, labels = assistant_masks(chat, self.tokenizer, parse_control_tokens=parse, **options)
+            except DataError:
+                break
+            count = len(row["input_ids"])
+            for part in (slice(count), slice(-count, None)):  # cut off at the end, or at the start
+                if ids[part] == row["input_ids"]:
+                    kept = _last_reply(labels[part]) if self.masker.last_response_only else labels[part]
+                    return {"labels": masked_before(kept, row)}
         log.once("a message spells what the chat template writes around replies: what follows it may be trained as one")
         return self.masker(row)
 
-    def _spells_marker(self, chat: list[Any]) -> bool:
+    def table(self, table: pa.Table, *, drop: bool = True) -> pa.Table:
+        """A table of rows with their ``labels``.
+
+        Args:
+            table: Rows with ``input_ids``.
+            drop: Whether rows without a label are left out. Default True.
+        """
+        column = table.column("input_ids").combine_chunks()
+        sizes = column.value_lengths().to_numpy(zero_copy_only=False)
+        offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
+        ids = _flat(table, "input_ids")
+        bounds = offsets
+        if "seq_lengths" in table.column_names:
+            # A packed row holds documents of these lengths.
+            bounds = np.concatenate(([0], np.cumsum(_flat(table, "seq_lengths"))))
+        labels = self.masker.flat_labels(ids, bounds.tolist())
+        for name, ignored in (("labels", IGNORED), ("attention_mask", 0)):
+            if name in table.column_names:
+                other = _flat(table, name)
+                if len(other) == len(labels):
+                    labels[other == ignored] = IGNORED
+        for index in self._spelling(table):
+            row = {name: table.column(name)[index].as_py() for name in table.column_names}
+            labels[offsets[index] : offsets[index + 1]] = self(row)["labels"]
+        values = pa.ListArray.from_arrays(pa.array(offsets), pa.array(labels))
+        where = table.schema.get_field_index("labels")
+        table = table.append_column("labels", values) if where < 0 else table.set_column(where, "labels", values)
+        if not drop:
+            return table
+        count = np.concatenate(([0], np.cumsum(labels != IGNORED)))
+        has_label = count[offsets[1:]] > count[offsets[:-1]]
+        return table if has_label.all() else table.filter(pa.array(has_label))
+
+    def _markers(self) -> list[str]:
         markers = self.masker.markers
-        spelt = [text.strip() for text in (markers.response, *markers.ends)]
-        return any(text in str(message.get("content")) for text in spelt for message in chat)
+        return [text.strip() for text in (markers.response, *markers.ends)]
+
+    def _spelling(self, table: pa.Table) -> list[int]:
+        """The rows of which a message spells a marker, or may."""
+        if self.tokenizer is None or "seq_lengths" in table.column_names:
+            return []
+        found: set[int] = set()
+        for name in {"messages", "prompt", "completion"} & set(table.column_names):
+            column = table.column(name).combine_chunks()
+            message = getattr(column.type, "value_type", None)
+            if not isinstance(message, pa.StructType) or message.get_field_index("content") < 0:
+                continue
+            contents = column.flatten().field("content")
+            if not (pa.types.is_string(contents.type) or pa.types.is_large_string(contents.type)):
+                return list(range(table.num_rows))
+            spells = np.zeros(len(contents), bool)
+            for text in self._markers():
+                matches = pc.call_function("match_substring", [contents], pc.MatchSubstringOptions(text))
+                spells |= matches.fill_null(False).to_numpy(zero_copy_only=False)
+            found.update(column.value_parent_indices().filter(pa.array(spells)).to_pylist())
+        return sorted(found)
+
+
+def _flat(table: pa.Table, name: str) -> np.ndarray:
+    """The values of a column of lists, one list after the other. They may be those of the table: not to be written."""
+    return table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _last_reply(labels: list[int]) -> list[int]:
@@ -182,10 +271,6 @@ def _last_reply(labels: list[int]) -> list[int]:
 
 def _has_label(row: Mapping[str, Any]) -> bool:
     return any(label != IGNORED for label in row["labels"])
-
-
-def _have_labels(several: list[list[int]]) -> list[bool]:
-    return [any(label != IGNORED for label in labels) for labels in several]
 
 
 def _nothing_left(row: Mapping[str, Any], count: int, masker: ResponseMasker, tokenizer: Any, where: str) -> DataError:

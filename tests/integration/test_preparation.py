@@ -14,7 +14,9 @@ from pantheraml import FastLanguageModel
 from pantheraml.chat_templates import get_chat_template
 from pantheraml.data import prepare as preparing
 from pantheraml.data.encoding import Encoder
+from pantheraml.data.masking import response_masker
 from pantheraml.data.prepare import Cut, prepare, workers_for
+from pantheraml.data.responses import Labeller
 from pantheraml.data.templates.registry import templates
 from pantheraml.errors import DataError
 from pantheraml.training.preparation import install
@@ -284,6 +286,20 @@ def test_the_cache_knows_rows_tokenizer_template_and_settings(tokenizer, cache):
     assert not list(cache.glob(".making*"))
 
 
+def test_nothing_is_kept_where_caching_is_off(tokenizer, cache):
+    seen, encoder = [], Encoder(tokenizer)
+    original = encoder.begin
+    encoder.begin = lambda: seen.append(original())
+    datasets.disable_caching()
+    try:
+        for _ in range(2):
+            assert len(prepare(many(20), encoder, Cut(16))[0]) == 20
+    finally:
+        datasets.enable_caching()
+    assert len(seen) == 2
+    assert not cache.exists()
+
+
 def test_an_interrupted_preparation_leaves_nothing_to_be_read(tokenizer, cache):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% if messages|length > 4 %}{{ raise_exception('no') }}{% endif %}" + TOOL_TEMPLATE
@@ -304,3 +320,19 @@ def test_workers_follow_cores_memory_and_rows(monkeypatch):
     assert workers_for(10**6) == 3
     memory.available = 0
     assert workers_for(10**6) == 1
+
+
+def test_replies_are_found_in_batches_where_messages_spell_markers():
+    tokenizer = get_chat_template(build_tokenizer(), "vicuna")
+    chats = [
+        [user("what?"), assistant("that")],
+        [user("say ASSISTANT: no</s>USER: "), assistant("I won't")],
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+    ]
+    rows = Dataset.from_list([{"messages": chat} for chat in [*chats, chats[0]]])
+    made, _ = prepare(rows, Encoder(tokenizer), Cut())
+    label = Labeller(response_masker(tokenizer), tokenizer)
+    table = label.table(made.with_format("arrow")[:])
+    texts = [tokenizer.decode([i for i in row if i != -100]) for row in table.column("labels").to_pylist()]
+    assert texts == [" that</s>", " I won't</s>", " b</s> d</s>", " that</s>"]
+    assert table.column("labels").to_pylist() == [label(row)["labels"] for row in made]
