@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 XLA_VENV ?= .venv-xla
 XLA_STAMP := $(XLA_VENV)/.installed
 
-.PHONY: help demo test test-xla test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
+.PHONY: help demo test test-llamacpp test-xla test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -24,7 +24,11 @@ demo: $(STAMP)  ## fine-tune the embedded model and watch it get better (about a
 	$(BIN)/pantheraml demo
 
 test: $(STAMP)  ## run the tests that need no accelerator
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not llamacpp"
+
+test-llamacpp: $(STAMP)  ## build llama.cpp once (six minutes) and compare what it computes from GGUF files
+	$(BIN)/python tests/llamacpp/build.py
+	$(BIN)/python -m pytest -m llamacpp tests/llamacpp
 
 $(XLA_STAMP): tests/xla/make_environment.sh tests/xla/cuda_stubs.py constraints.txt
 	@echo "== setting up $(XLA_VENV) (torch_xla 2.9.0 with torch 2.9.0) =="
