@@ -324,3 +324,51 @@ DATA: tuple[Group, ...] = (
     Group("data", tuple(flag for group in TRAIN for flag in group.flags if flag.names[0] in _READING)),
     Group("report", (_flag("--rows", type=not_negative, default=3, help="rows that are shown"), _JSON, _DEBUG)),
 )
+
+EXPORT: tuple[Group, ...] = (
+    Group(
+        "what to write",
+        (
+            _flag("model", metavar="MODEL", help="adapter folder, model folder or hub id"),
+            _flag("out", metavar="OUT", help="folder to write; GGUF files go to OUT_gguf"),
+            _flag(
+                "--format",
+                default="merged_16bit",
+                help="merged_16bit, merged_4bit_forced, lora, gguf, gguf_lora, fp8, fp8_block, int8, int4, "
+                "torchao_int8, ...; dashes are read as underscores, and the error for an unknown one lists them all",
+            ),
+            _flag(
+                "-q",
+                "--quantization",
+                nargs="+",
+                default="q8_0",
+                help="types of GGUF files, one or several",
+            ),
+            _flag("--llama_quantize", default=None, help="llama.cpp's llama-quantize, or its folder, for K-quants"),
+            _flag("--imatrix_file", default=None, help="importance matrix for IQ types"),
+            _flag("--max_shard_size", default="5GB", help="largest file of a model folder"),
+            _switch("--no_verify", "do not reload what was written and compare it with the model"),
+        ),
+    ),
+    Group(
+        "model",
+        (
+            _switch("--load_in_4bit", "hold the model in 4 bits; the merge still goes onto the 16-bit weights"),
+            _flag("--dtype", default=None, help="float16, bfloat16 or float32; unset takes what the device does best"),
+            _switch("--trust_remote_code", "run Python code that comes with the model"),
+        ),
+    ),
+    Group(
+        "push",
+        (
+            Flag(("--push_to_hub", "--push-to-hub"), "upload what was written", {"action": "store_true"}),
+            _flag("--repo_id", "--repo-id", default=None, help="owner/name on the hub"),
+            _switch("--private", "make a new repository private"),
+            _flag("--revision", default=None, help="branch to commit to"),
+            _flag("--tags", nargs="+", default=None, help="tags for the model card"),
+            _flag("--datasets", nargs="+", default=None, help="hub ids of data sets for the model card"),
+            _HUB_TOKEN,
+        ),
+    ),
+    Group("report", (_JSON, _DEBUG)),
+)

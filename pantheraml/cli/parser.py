@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ..errors import nearest
 from .boundary import EXIT_CODES
-from .flags import CHAT, DATA, DEMO, DOCTOR, TRAIN, Group, amount, not_negative, positive, share
+from .flags import CHAT, DATA, DEMO, DOCTOR, EXPORT, TRAIN, Group, amount, not_negative, positive, share
 
 PROGRAM = "pantheraml"
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[Group, ...]]] = {
     "demo": ("fine-tune the embedded tiny model and watch it get better", DEMO),
     "doctor": ("versions, device, what is missing and what that costs", DOCTOR),
     "chat": ("talk to a model, merged model or adapter", CHAT),
+    "export": ("write a model or adapter in another format, and verify it", EXPORT),
     "data": ("look at a data set as it will be trained, before training", DATA),
 }
 _METAVARS = {positive: "N", not_negative: "N", int: "N", amount: "X", share: "X"}
@@ -27,7 +28,8 @@ _EXAMPLES = """examples:
   pantheraml --model_name ./my-model --dataset ./chats.jsonl --max_steps 100
   pantheraml --model_name unsloth/llama-3-8b --load_in_4bit --save_model --save_path merged
   pantheraml --model_name ./my-model --raw_text_file book.txt --chunk_size 1024 --stride 256
-  pantheraml chat outputs"""
+  pantheraml chat outputs
+  pantheraml export outputs merged --format gguf -q q8_0 f16"""
 _CREDITS = """credits:
   PantheraML's API, flags and many of its ideas come from Unsloth: https://github.com/unslothai/unsloth"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import log
 from ..errors import CheckpointError, ConfigError
-from ..models.record import record_of
+from ..models.record import ModelRecord, record_of
 
+_PACKAGES = ("pantheraml", "transformers", "peft", "torch")
+_ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
 _TAGS = ("text-generation-inference", "transformers", "pantheraml", "trl")
 
 
@@ -98,7 +101,7 @@ def _failure(what: str, error: Exception, target: HubTarget) -> CheckpointError:
 
 
 def write_card(model: Any, folder: Path, *, tags: Iterable[str] | None, datasets: Iterable[str] | None) -> None:
-    """Write ``README.md`` with the metadata that the hub reads: base model, tags, data sets.
+    """Write ``README.md``: what the hub reads (base model, tags, data sets), the settings, and packages' versions.
 
     Args:
         model: The trained model.
@@ -118,10 +121,40 @@ def write_card(model: Any, folder: Path, *, tags: Iterable[str] | None, datasets
         tags=list(dict.fromkeys([*_TAGS, *([model_type] if model_type else []), *(tags or ())])),
         datasets=list(datasets) if datasets else None,
     )
-    lines = ["Fine-tuned with PantheraML.", f"- Base model: `{base}`" if base else ""]
-    lines += [f"- Data set: `{name}`" for name in datasets or ()]
-    text = "\n".join(line for line in lines if line)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder_title(base)}\n\n{text}\n").save(folder / "README.md")
+    facts = {"Base model": base, "Revision of the base model": _base_revision(record, config) if base else None}
+    facts |= {"Data set": ", ".join(datasets or ()) or None} | _settings(model, record)
+    facts |= {"Versions": ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)}
+    text = "\n".join(f"- {name}: `{value}`" for name, value in facts.items() if value is not None)
+    body = f"# {folder_title(base)}\n\nFine-tuned with PantheraML.\n\n{text}\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
+
+
+def _base_revision(record: ModelRecord | None, config: Any) -> str | None:
+    """The commit that was loaded, as transformers notes it, else the revision that was asked for."""
+    return getattr(config, "_commit_hash", None) or (record.revision if record is not None else None)
+
+
+def _settings(model: Any, record: ModelRecord | None) -> dict[str, Any]:
+    """How it was trained, as far as the model tells."""
+    facts: dict[str, Any] = {}
+    if record is not None:
+        facts["Loaded as"] = f"{str(record.dtype).removeprefix('torch.')}, {record.quantization}"
+        facts["Longest sequence"] = record.max_seq_length
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        shown = {key: getattr(adapter, key, None) for key in _ADAPTER_SETTINGS}
+        modules = getattr(adapter, "target_modules", None)
+        if isinstance(modules, (set, list, tuple)):
+            shown["target_modules"] = " ".join(sorted(modules))
+        given = ", ".join(f"{key} {value}" for key, value in shown.items() if value not in (None, False, 0.0, "none"))
+        facts[f"Adapter {name}" if name != "default" else "Adapter"] = given
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from source"
 
 
 def folder_title(base: str | None) -> str:
