@@ -24,7 +24,7 @@ demo: $(STAMP)  ## fine-tune the embedded model and watch it get better (about a
 	$(BIN)/pantheraml demo
 
 test: $(STAMP)  ## run the tests that need no accelerator
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not llamacpp"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
 
 test-llamacpp: $(STAMP)  ## build llama.cpp once (six minutes) and compare what it computes from GGUF files
 	$(BIN)/python tests/llamacpp/build.py

@@ -95,3 +95,9 @@ def tiny_llama_dir(tmp_path_factory, tiny_tokenizer) -> Path:
     make_tiny("llama").save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The tests of llama.cpp need a build and minutes: they are collected only when asked for, ``-m llamacpp``."""
+    inside = "llamacpp" in (collection_path.name, collection_path.parent.name)
+    return True if inside and "llamacpp" not in (config.option.markexpr or "") else None
