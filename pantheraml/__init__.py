@@ -55,6 +55,7 @@ _EXPORTS: dict[str, str | tuple[str, str]] = {
             "PantheraMLTrainer",
             "PantheraMLTrainingArguments",
             "PantheraMLDistributedTrainer",
+            "PantheraMLTPUTrainer",
             "pantheraml_train",
             "UnslothTrainer",
             "UnslothTrainingArguments",

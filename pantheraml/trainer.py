@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import ArgumentError
+from .parallel.xla import MultiTPUConfig
 from .training.distributed import PantheraMLDistributedTrainer
+from .training.tpu_trainer import PantheraMLTPUTrainer
 from .training.trainer import PantheraMLTrainer, PantheraMLTrainingArguments
 
 __all__ = [
+    "MultiTPUConfig",
+    "PantheraMLTPUTrainer",
     "PatchDPOTrainer",
     "PatchFastRL",
     "PatchKTOTrainer",

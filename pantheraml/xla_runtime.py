@@ -95,11 +95,29 @@ def sync(*, wait: bool = False) -> None:
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies of tensors in host memory: what they wait for runs, then one transfer for those that are whole."""
+    """Copies of tensors in host memory: what they wait for runs, then all come in one transfer.
+
+    Divided ones are put together on the host from the parts, where this process has all of them.
+    """
     if not tensors:
         return []
     sync()
-    return list(_module()._XLAC._xla_get_cpu_tensors([tensor.detach() for tensor in tensors]))
+    backend = _module()._XLAC
+    parts = [i for i, tensor in enumerate(tensors) if process_count() == 1 and sharding(tensor)]
+    whole = [i for i in range(len(tensors)) if i not in set(parts)]
+    copies: dict[int, torch.Tensor] = {}
+    if whole:
+        copies |= zip(whole, backend._xla_get_cpu_tensors([tensors[i].detach() for i in whole]), strict=True)
+    if parts:
+        given = [tensors[i] for i in parts]
+        places = backend._get_local_shard_replica_and_indices(given)
+        for i, shards, indices in zip(parts, backend._get_local_shards(given), places, strict=True):
+            copies[i] = shards[0][0].new_empty(tensors[i].shape)
+            for (data, _), (_, place) in zip(shards, indices, strict=True):
+                # What a device has beyond its share is padding.
+                share = ... if place is ... else tuple(slice(0, part.stop - part.start) for part in place)
+                copies[i][... if place is ... else tuple(place)] = data[share]
+    return [copies[i] for i in range(len(tensors))]
 
 
 def upload(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,6 +167,11 @@ def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     Dropout draws the same numbers both times. Reentrant: at least one positional argument must require a gradient.
     """
     return _module("utils.checkpoint").checkpoint(function, *args, use_reentrant=True, preserve_rng_state=True)
+
+
+def seed(value: int) -> None:
+    """Set the seed of random numbers on the devices, which is data of the programs. Each ``sync`` draws another."""
+    _module("core.xla_model").set_rng_state(value)
 
 
 def memory() -> dict[str, int] | None:

@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ..device import get_device
+
 # Method name -> "module:function". The function's first parameter is the model.
 MODEL_METHODS: dict[str, str] = {
     "for_inference": "pantheraml.models.inference:for_inference",
@@ -22,6 +24,8 @@ MODEL_METHODS: dict[str, str] = {
     "save_lora": "pantheraml.save:save_lora",
     "fast_generate": "pantheraml.models.inference:fast_generate",
 }
+
+XLA_METHODS = {"save_pretrained": "pantheraml.parallel.xla:save_pretrained"}
 
 
 def resolve(target: str) -> Callable[..., Any]:
@@ -42,5 +46,6 @@ def _late(name: str, target: str) -> Callable[..., Any]:
 
 def attach_methods(model: Any) -> None:
     """Give ``model`` the methods of ``MODEL_METHODS``; PEFT wrappers need it again, since they are another object."""
-    for name, target in MODEL_METHODS.items():
+    table = MODEL_METHODS | (XLA_METHODS if get_device().type == "xla" else {})
+    for name, target in table.items():
         object.__setattr__(model, name, types.MethodType(_late(name, target), model))

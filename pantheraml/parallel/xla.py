@@ -23,6 +23,10 @@ from ..device import get_device, require
 from ..errors import ConfigError, UnsupportedError
 
 FSDP, TENSOR = "fsdp", "tensor"
+# Kept with a parameter that is divided.
+_SPEC = "_pantheraml_spec"
+# What adapters add to a model has one of these in its name.
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
 # Smaller matrices cost more in collectives than they save in memory.
 MIN_SHARD_ELEMENTS = 65536
 # Axis of a linear layer's weight that the tensor axis divides, by transformers' name of the style.
@@ -331,6 +335,7 @@ def place(model: nn.Module) -> nn.Module:
                     spec = shard_spec(parameter.shape, dict(mesh.shape), config.min_shard_elements, axis)
                     if any(spec):
                         mesh.shard(moved[id(parameter)], spec)
+                        vars(moved[id(parameter)])[_SPEC] = spec
             module._parameters[kind] = moved[id(parameter)]
         for kind, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -344,3 +349,83 @@ def _placed(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     placed = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
     placed.__dict__.update(parameter.__dict__)
     return placed
+
+
+def divide_states(optimizer: torch.optim.Optimizer) -> None:
+    """Divide optimizer states as the weights that they belong to; those of a checkpoint come whole."""
+    mesh = current_mesh()
+    for parameter, states in optimizer.state.items():
+        spec = vars(parameter).get(_SPEC)
+        for state in states.values():
+            if (
+                spec
+                and isinstance(state, torch.Tensor)
+                and state.shape == parameter.shape
+                and not xla_runtime.sharding(state)
+            ):
+                mesh.shard(state, spec)
+
+
+# ---------------------------------------------------------------- host copies
+
+
+def host_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict in host memory; of an adapter's, what the adapter's files are made of.
+
+    Every process has to call it. Tensors that are shared in the model are shared in the result.
+    """
+    state = model.state_dict(keep_vars=True)
+    if hasattr(model, "peft_config"):
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        embeddings = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+        state = {
+            name: value
+            for name, value in state.items()
+            if value.requires_grad or id(value) in embeddings or any(part in name for part in _ADAPTER_PARTS)
+        }
+    distinct = {id(value): value for value in state.values()}
+    on_device = [key for key, value in distinct.items() if value.device.type == "xla"]
+    copies = {key: value.detach() for key, value in distinct.items()}
+    copies |= zip(on_device, xla_runtime.read([distinct[key] for key in on_device]), strict=True)
+    return {name: copies[id(value)] for name, value in state.items()}
+
+
+def host_copy(value: Any) -> Any:
+    """The same lists and dicts with tensors in host memory, all of them in one transfer."""
+    found: list[torch.Tensor] = []
+
+    def collect(part: Any) -> None:
+        if isinstance(part, torch.Tensor) and part.device.type == "xla":
+            found.append(part)
+        elif isinstance(part, dict | list | tuple):
+            for item in part.values() if isinstance(part, dict) else part:
+                collect(item)
+
+    collect(value)
+    copies = iter(xla_runtime.read(found))
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return next(copies) if part.device.type == "xla" else part
+        if isinstance(part, dict):
+            return {key: replaced(item) for key, item in part.items()}
+        return type(part)(replaced(item) for item in part) if isinstance(part, list | tuple) else part
+
+    return replaced(value)
+
+
+def save_pretrained(model: Any, save_directory: str, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+    """``save_pretrained`` of transformers or PEFT, which cannot read tensors on XLA devices, from copies on the host.
+
+    Every process has to call it; the main process writes.
+
+    Args:
+        model: The model.
+        save_directory: Where to.
+        *args: As for the model's own.
+        state_dict: As for the model's own, default the model's.
+        **kwargs: As for the model's own.
+    """
+    state = host_state(model) if state_dict is None else state_dict
+    kwargs.setdefault("is_main_process", is_tpu_main_process())
+    return type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)

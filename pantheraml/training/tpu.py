@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_xla_available
 
@@ -39,6 +41,9 @@ OPTIMIZERS = frozenset(
         OptimizerNames.RMSPROP,
     }
 )
+# Neighbouring seeds and steps draw unlike numbers.
+_SEED_FACTORS = (1_000_003, 7_368_787)
+_NO_RATE = 1e-30
 _FILL = {"labels": IGNORED, "attention_mask": 0, "completion_mask": 0, "assistant_masks": 0, "token_type_ids": 0}
 
 
@@ -108,6 +113,7 @@ def complete(trainer: Any, figures: Figures | None, guard: DeviceGuard) -> None:
     _run_micro_batches_apart(trainer)
     _keep_optimizer_on_device(trainer)
     _read_together(trainer, figures, guard)
+    _save_from_host(trainer)
 
 
 def _itself(data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,11 +264,20 @@ def _isolate_documents(trainer: Any) -> None:
 
 
 def _run_micro_batches_apart(trainer: Any) -> None:
-    """One program for a micro-batch and one for the last of a step with its update, however many are accumulated."""
+    """One program for a micro-batch and one for the last of a step with its update, however many are accumulated.
+
+    Each draws its random numbers from the run's seed and its number, so that a resumed run draws those of the first.
+    """
     training_step = trainer.training_step
+    # Optimizer step and number of the micro-batch in it.
+    place = [-1, 0]
 
     @functools.wraps(training_step)
     def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        done = trainer.state.global_step
+        place[:] = [done, place[1] + 1 if place[0] == done else 0]
+        number = done * trainer.args.gradient_accumulation_steps + place[1]
+        xla_runtime.seed((trainer.args.seed * _SEED_FACTORS[0] + number * _SEED_FACTORS[1]) % 2**31)
         loss = training_step(*args, **kwargs)
         if not trainer.accelerator.sync_gradients:
             xla_runtime.sync()
@@ -281,13 +296,32 @@ def _keep_optimizer_on_device(trainer: Any) -> None:
 
     @functools.wraps(create_optimizer)
     def create(*args: Any, **kwargs: Any) -> Any:
+        created = trainer.optimizer is None
         optimizer = create_optimizer(*args, **kwargs)
-        for group in getattr(optimizer, "optimizer", optimizer).param_groups:
-            if "capturable" in group:
+        if created and "capturable" in optimizer.defaults:
+            for group in optimizer.param_groups:
                 group["capturable"] = True
+            optimizer.register_step_pre_hook(_replace_zero_rates)
+            optimizer.register_step_post_hook(_put_zero_rates_back)
         return optimizer
 
     trainer.create_optimizer = create
+
+
+def _replace_zero_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Such an Adam divides by the learning rate, and 0/0 is NaN where a weight had no gradient. Warm-ups begin with 0.
+
+    The rate that takes its place is lost in rounding.
+    """
+    for group in optimizer.param_groups:
+        if group["lr"] == 0:
+            group["lr"] = _NO_RATE
+
+
+def _put_zero_rates_back(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if group["lr"] == _NO_RATE:
+            group["lr"] = 0.0
 
 
 # ---------------------------------------------------------------- reading
@@ -333,3 +367,35 @@ def _log(trainer: Any, loss: float, norm: Any, given: Mapping[str, Any]) -> None
     trainer._globalstep_last_logged = state.global_step
     trainer.store_flos()
     trainer.log(logs, given["start_time"])
+
+
+# ---------------------------------------------------------------- saving
+
+
+def _save_from_host(trainer: Any) -> None:
+    """Write checkpoints from copies on the host; states that are read back are divided again."""
+    load = trainer._load_optimizer_and_scheduler
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+        xla.save_pretrained(trainer.model, str(folder))
+        if xla.is_tpu_main_process():
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+
+    def save_optimizer_and_scheduler(output_dir: str) -> None:
+        states = xla.host_copy([trainer.optimizer.state_dict(), trainer.lr_scheduler.state_dict()])
+        if xla.is_tpu_main_process():
+            for state, name in zip(states, (OPTIMIZER_NAME, SCHEDULER_NAME), strict=True):
+                torch.save(state, Path(output_dir) / name)
+
+    @functools.wraps(load)
+    def load_optimizer_and_scheduler(checkpoint: str | None) -> None:
+        load(checkpoint)
+        if checkpoint is not None:
+            xla.divide_states(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+
+    trainer.save_model = save_model
+    trainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
+    trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler

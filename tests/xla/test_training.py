@@ -19,7 +19,7 @@ def test_twenty_steps_equal_plain_torch(lora, tiny_llama_dir, tmp_path, monkeypa
         name: value.clone()
         for name, value in zip(model.state_dict(), xla_runtime.read(list(model.state_dict().values())))
     }
-    args = arguments(tmp_path)
+    args = arguments(tmp_path, learning_rate=2e-3 if lora else 5e-4)
     trainer = SFTTrainer(model=model, args=args, train_dataset=ragged(), processing_class=tokenizer)
     recorder = Recorder(trainer)
     before = trained(model)
