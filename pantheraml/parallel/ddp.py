@@ -15,8 +15,8 @@ from .ranks import get_rank, get_world_size, is_grouped
 # Fields of a text configuration that say how many experts a token chooses from.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MIB = 2**20
-# Gradients of adapters: a few hundred small tensors, whose one message takes less time than the launches of many.
-_ONE_BUCKET_MB = 256
+# Up to here one message takes less time than the launches of several; larger ones are sent while backward goes on.
+_ONE_BUCKET_MB = 32
 
 
 def may_leave_weights_unused(model: nn.Module) -> bool:

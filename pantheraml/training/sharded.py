@@ -133,8 +133,11 @@ def apply(trainer: Any) -> None:
     model, plugin = trainer.model, trainer.accelerator.state.fsdp_plugin
     device = get_device()
     offload = plugin.cpu_offload if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else None
-    if device.is_gpu and offload is None and any(p.device != device.torch_device for p in model.parameters()):
-        model.to(device.torch_device)
+    # Dense layers go to the device one at a time as they are sharded. 4-bit ones have their scales to bring along.
+    if device.is_gpu and getattr(model, "is_loaded_in_4bit", False):
+        misplaced = any(p.device != device.torch_device for p in model.parameters())
+        if misplaced and offload is None:
+            model.to(device.torch_device)
     compute = _compute_dtype(model, trainer.accelerator.mixed_precision)
     shard(
         model,

@@ -174,13 +174,14 @@ def test_sigterm_to_one_rank_checkpoints_on_all_and_a_restart_goes_on_from_there
 
 def _sums(factor: int) -> dict:
     """What each rank of ``launch`` runs; travels by value."""
-    from pantheraml import distributed
+    from pantheraml.parallel import process_group
 
-    with distributed.distributed_context():
-        total = distributed.all_reduce_scalar(factor * (distributed.get_rank() + 1), average=False)
-    if factor == 0:
-        raise LookupError("nothing to sum")
-    return {"total": total, "ranks": distributed.get_world_size()}
+    with process_group.distributed_context():
+        return {"total": process_group.all_reduce_scalar(factor * (process_group.get_rank() + 1), average=False)}
+
+
+def _fault(where: str) -> None:
+    raise LookupError(f"nothing in {where}")
 
 
 def test_a_function_is_launched_and_gives_the_result_of_rank_0(monkeypatch):
@@ -188,14 +189,11 @@ def test_a_function_is_launched_and_gives_the_result_of_rank_0(monkeypatch):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     factor = 10
     # As a notebook's, it cannot be imported by the ranks.
-    assert pantheraml.launch(lambda shift: _sums(factor) | {"shift": shift}, 2, 5) == {
-        "total": 30.0,
-        "ranks": 2,
-        "shift": 5,
-    }
-    with pytest.raises(RankError, match="LookupError: nothing to sum"):
-        pantheraml.launch(_sums, 2, 0)
-    assert pantheraml.launch(_sums, 1, 3) == {"total": 3.0, "ranks": 1}
+    found = pantheraml.launch(lambda shift: _sums(factor) | {"shift": shift}, 2, 5)
+    assert found == {"total": 30.0, "shift": 5}
+    with pytest.raises(RankError, match=r"rank \d: LookupError: nothing in it"):
+        pantheraml.launch(_fault, 2, "it")
+    assert pantheraml.launch(_sums, 1, 3) == {"total": 3.0}
 
 
 def test_the_command_line_launches_itself_trains_qlora_as_one_process_does_and_saves_once(tiny_llama_dir, tmp_path):
