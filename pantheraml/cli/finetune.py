@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from datasets import Dataset
 from .. import __version__, env, log
 from ..data import formats, raw_text, sources
 from ..data.formats import Kind
+from ..data.mixture import mix
+from ..data.rows import Rejections
 from ..data.sources import Loaded
 from ..device import require
 from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
@@ -63,10 +66,11 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     reporters = _reporters(args)
     checkpoint = _checkpoint(args)
     max_seq_length = _max_seq_length(args)
-    rows = _training_rows(args, output)
+    weights = _weights(args)
+    parts = _training_rows(args, output)
     held_out = _eval_rows(args, output)
     model, tokenizer = _load(args, max_seq_length)
-    train_set = _finished(rows, tokenizer, args, max_seq_length, output)
+    train_set = _mixed([_finished(rows, tokenizer, args, max_seq_length, output) for rows in parts], weights, args)
     eval_set = _finished(held_out, tokenizer, args, max_seq_length, output) if held_out else None
     trainer = _trainer(args, model, tokenizer, train_set, eval_set, reporters, max_seq_length)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -76,7 +80,7 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     if trainer.is_world_process_zero():
         output.say(f"Trained {result.global_step} steps: " + _shown(metrics))
         saved = _save(args, model, tokenizer, output)
-        _write_run(args, rows, metrics, saved)
+        _write_run(args, "; ".join(rows.description for rows in parts), metrics, saved)
         output.note(steps=result.global_step, metrics=metrics, saved=saved)
     _push(args, model, tokenizer, output)
 
@@ -187,20 +191,56 @@ def _read(args: argparse.Namespace, spec: str, split: str, output: Output) -> tu
     format = formats.detect(loaded.dataset, overrides=overrides, where=spec)
     checked = formats.check(loaded.dataset, format, rejections=loaded.rejections, origin=loaded.origin, where=spec)
     output.say(f"Data: {loaded.description}")
+    output.say(f"Columns: {', '.join(loaded.dataset.column_names)}")
     output.say(f"Format: {format}")
     return loaded, Rows(checked, format.kind, loaded.documents, loaded.description)
 
 
-def _training_rows(args: argparse.Namespace, output: Output) -> Rows:
+def _weights(args: argparse.Namespace) -> list[float]:
+    """The shares of --dataset and of each --mix."""
+    weights = [1.0]
+    for name, text in args.mix or []:
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"the weight of --mix {name} is {text!r}", hint="write a number above 0 behind the data set"
+            )
+        weights.append(weight)
+    return weights
+
+
+def _training_rows(args: argparse.Namespace, output: Output) -> list[Rows]:
+    """The rows of each data set that is trained on; bad ones that are tolerated go to ``rejected.jsonl``."""
     if args.raw_text_file:
-        return _raw_text(args, output)
-    loaded, rows = _read(args, args.dataset, args.train_split, output)
-    if len(loaded.rejections) and env.rank() == 0:
+        return [_raw_text(args, output)]
+    loaded, parts = zip(*(_read(args, name, args.train_split, output) for name in _names(args)), strict=True)
+    rejected = Rejections(args.max_bad_fraction)
+    for part in loaded:
+        rejected.items += part.rejections.items
+        rejected.total += part.rejections.total
+    if len(rejected) and env.rank() == 0:
         path = Path(args.output_dir) / _REJECTED_FILE
-        loaded.rejections.write(path)
-        output.say(f"Dropped {len(loaded.rejections)} of {loaded.rejections.total} rows, see {path}")
-    output.note(rows=len(rows.dataset), rejected=len(loaded.rejections), format=rows.kind)
-    return rows
+        rejected.write(path)
+        output.say(f"Dropped {len(rejected)} of {rejected.total} rows, see {path}")
+    kinds = dict.fromkeys(rows.kind for rows in parts)
+    output.note(rows=sum(len(rows.dataset) for rows in parts), rejected=len(rejected), format=", ".join(kinds))
+    return list(parts)
+
+
+def _mixed(parts: list[Dataset], weights: list[float], args: argparse.Namespace) -> Dataset:
+    if len(parts) == 1:
+        return parts[0]
+    mixed = mix(parts, weights, seed=args.seed, stop=args.mix_stop)
+    shares = ", ".join(f"{weight / sum(weights):.0%} of {name}" for weight, name in zip(weights, _names(args)))
+    log.info(f"{len(mixed):,} rows are drawn: {shares}")
+    return mixed
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return [args.dataset, *(name for name, _ in args.mix or [])]
 
 
 def _raw_text(args: argparse.Namespace, output: Output) -> Rows:
@@ -353,12 +393,12 @@ def _push(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) 
         output.say(f"Pushed GGUF files to {args.hub_path}")
 
 
-def _write_run(args: argparse.Namespace, rows: Rows, metrics: dict[str, Any], saved: dict[str, str]) -> None:
+def _write_run(args: argparse.Namespace, data: str, metrics: dict[str, Any], saved: dict[str, str]) -> None:
     """Write every flag, whether the user gave it, and the outcome beside the adapter."""
     flags = {
         name: {"value": value, "given": name in args.explicit}
         for name, value in sorted(vars(args).items())
         if name not in ("explicit", "argv") and name not in _SECRETS
     }
-    record = {"pantheraml": __version__, "data": rows.description, "flags": flags, "metrics": metrics, "saved": saved}
+    record = {"pantheraml": __version__, "data": data, "flags": flags, "metrics": metrics, "saved": saved}
     (Path(args.output_dir) / _RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,15 @@ def _switch(name: str, help: str) -> Flag:
     return Flag((name,), help, {"action": "store_true"})
 
 
+class Collected(argparse.Action):
+    """Gathers the values of a flag that may be repeated; what the parser put there before is no value."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Add the values of one occurrence."""
+        found = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(found if isinstance(found, list) else []), values])
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
     value = int(text)
@@ -75,6 +84,7 @@ REPORTERS = (
 )
 BENCHMARKS = ("mmlu", "hellaswag", "arc", "all")
 FORMATS = ("auto", "alpaca", "messages", "prompt_completion", "text")
+MIX_STOPS = ("first_exhausted", "all_exhausted")
 CHECKPOINTING = ("unsloth", "pantheraml", "auto", "true", "false", "offload")
 
 _DEBUG = _switch("--debug", "show the traceback of an error")
@@ -101,6 +111,20 @@ TRAIN: tuple[Group, ...] = (
                 "--dataset",
                 default="yahma/alpaca-cleaned",
                 help="hub data set, or a json, jsonl, csv, tsv, parquet or txt file, or a folder of them",
+            ),
+            _flag(
+                "--mix",
+                nargs=2,
+                action=Collected,
+                default=None,
+                metavar=("DATA", "WEIGHT"),
+                help="mix in another data set, with its share of the rows where --dataset has 1; may be repeated",
+            ),
+            _flag(
+                "--mix_stop",
+                choices=MIX_STOPS,
+                default="first_exhausted",
+                help="end the mixture when one data set is used up, or when all are and earlier ones were repeated",
             ),
             _flag("--dataset_config", default=None, help="configuration of a hub data set that has several"),
             _flag("--train_split", default="train", help="split to train on; slices such as train[:1000] work"),

@@ -85,6 +85,33 @@ def test_one_shot_fine_tune(tiny_llama_dir, files, tmp_path, capsys, name, kind)
     assert "hub_token" not in run["flags"]
 
 
+def test_data_sets_are_mixed_by_their_weights(tiny_llama_dir, files, tmp_path, capsys):
+    bad = files / "bad.jsonl"
+    bad.write_text((files / "chat.jsonl").read_text() + "\n{\n")
+    out = tmp_path / "out"
+    flags = ["--mix", str(files / "sharegpt.jsonl"), "3", "--mix", str(bad), "1", "--max_bad_fraction", "0.2"]
+    assert train(tiny_llama_dir, files / "chat.jsonl", out, *flags, "--mix_stop", "all_exhausted", "--json") == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert (record["rows"], record["rejected"], record["format"]) == (24, 1, "messages")
+    assert f"20% of {files / 'chat.jsonl'}, 60% of {files / 'sharegpt.jsonl'}, 20% of {bad}" in printed.err
+    assert json.loads((out / "rejected.jsonl").read_text())["where"] == f"{bad}:9"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--mix", "chat.jsonl", "0"], 2, "number above 0"),
+        (["--mix", "chat.jsonl", "much"], 2, "number above 0"),
+        (["--mix", "text.jsonl", "1"], 3, "different columns"),
+    ],
+)
+def test_mixtures_that_cannot_be_made(flags, code, words, tiny_llama_dir, files, tmp_path, capsys):
+    flags[1] = str(files / flags[1])
+    assert train(tiny_llama_dir, files / "chat.jsonl", tmp_path / "out", *flags) == code
+    assert words in capsys.readouterr().err
+
+
 def test_merged_model_and_json_record(tiny_llama_dir, files, tmp_path, capsys):
     merged = tmp_path / "merged"
     flags = ("--save_model", "--save_path", str(merged), "--json", "--eval_dataset", str(files / "alpaca.json"))

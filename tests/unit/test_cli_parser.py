@@ -91,6 +91,8 @@ ADDED = {
     "input_column": None,
     "output_column": None,
     "max_bad_fraction": 0.0,
+    "mix": None,
+    "mix_stop": "first_exhausted",
     "num_train_epochs": None,
     "save_steps": 500,
     "resume": None,

@@ -26,7 +26,7 @@ _LATER: dict[tuple[str, ...], _Later] = {
         "benchmarks come in a later release", "--eval_split or --eval_dataset measures the loss on held-out data"
     ),
 }
-_DATASET_FLAGS = ("dataset", "dataset_config", "train_split", "format")
+_DATASET_FLAGS = ("dataset", "mix", "dataset_config", "train_split", "format")
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
@@ -73,6 +73,7 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
     saves, pushes = args.save_model, args.push_model
     idle = (
         ("quantization", "save_gguf", args.save_gguf or args.push_gguf),
+        ("mix_stop", "mix", bool(args.mix)),
         ("save_path", "save_model", saves or args.save_gguf),
         ("save_method", "save_model", saves or pushes),
         ("hub_path", "push_model", pushes or args.push_gguf),
