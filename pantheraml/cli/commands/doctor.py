@@ -51,6 +51,8 @@ COMPONENTS: tuple[Component, ...] = (
     Component("xformers", "one attention backend less; torch's own serves", _GPU, extra="xformers"),
     Component("torch_xla", "no TPU", ("xla",), extra="torch_xla"),
     Component("gguf", "no GGUF export", extra="gguf"),
+    Component("compressed-tensors", "no export in fp8, int8 and int4 for vLLM", extra="compressed_tensors"),
+    Component("torchao", "no export in torchao's formats", extra="torchao"),
     Component("tensorboard", "no TensorBoard logs; metrics.jsonl and report.html are written all the same"),
 )
 
