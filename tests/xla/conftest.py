@@ -9,6 +9,8 @@ import pytest
 
 # Programs run for seconds and are compiled for as long: the CPU's code need not be good.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Threads of XLA's pool. With as many as devices, those that wait in a collective keep others from reaching it.
+os.environ.setdefault("NPROC", "32")
 
 if importlib.util.find_spec("torch_xla") is None:
     REASON = "torch_xla is not installed (make test-xla makes an environment that has it)"
