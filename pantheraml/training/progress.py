@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .. import log
+from ..device import get_device
+from ..parallel import xla
 from .metrics import MetricsWriter
 
 # What transformers shows by default; a notebook's own table stays.
@@ -108,9 +110,12 @@ def duration(seconds: float) -> str:
 
 def banner(args: Any, state: Any, model: nn.Module | None, dataloader: Any) -> str:
     """What is trained: examples, epochs, steps, batch, and the share of the parameters that is trained."""
-    dataset: Any = getattr(dataloader, "dataset", None)
+    # The loader of an XLA device holds the ordinary one.
+    dataset: Any = getattr(getattr(dataloader, "dataloader", dataloader), "dataset", None)
     examples = f"{len(dataset):,} examples" if hasattr(dataset, "__len__") else "a stream of examples"
     batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    if get_device().type == "xla":
+        ranks = xla.current_mesh().shape[xla.FSDP]
     lines = [
         f"training on {examples}, {state.num_train_epochs:,} epochs, {state.max_steps:,} steps",
         f"  batch {batch} x accumulation {accumulation} x {ranks} devices = {batch * accumulation * ranks} a step",
