@@ -22,7 +22,9 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "PANTHERAML_DEVICE": "cpu",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent)]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
     "PYTHONWARNINGS": "ignore",
 }
 DEVICES = [pytest.param("cpu", id="gloo"), pytest.param("gpu", id="nccl", marks=pytest.mark.gpu)]

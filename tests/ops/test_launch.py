@@ -92,11 +92,26 @@ def test_the_second_launch_goes_straight_to_the_compiled_form(launched):
     arguments = {"plain": 3, "x": MEMORY, "size": 5, "scale": 0.5, "TILE": 16, "num_warps": 4}
     function[(2,)](**arguments)
     assert (len(seen), len(asked)) == (0, 1)
-    function[(7, 3)](**arguments | {"size": 6})
+    for _ in range(2):
+        function[(7, 3)](**arguments | {"size": 6})
     assert len(asked) == 1
-    assert seen == [(7, 3, 1, "stream", "function", "metadata", None, None, None, MEMORY, 6, 0.5, 3, 16)]
+    assert seen == [(7, 3, 1, "stream", "function", "metadata", None, None, None, MEMORY, 6, 0.5, 3, 16)] * 2
     function[(2,)](**arguments | {"size": 32})
-    assert (len(seen), len(asked)) == (1, 2)
+    assert (len(seen), len(asked)) == (2, 2)
+    # 1 and 1.0 are equal, and are passed to the kernel as different types.
+    for size in (1, 1.0, True):
+        function[(2,)](**arguments | {"size": size})
+    assert (len(seen), len(asked)) == (2, 5)
+
+
+def test_tensors_of_other_classes_go_through_triton(launched):
+    seen, asked = launched
+    function = kernel()
+    arguments = {name: values[0] for name, values in VALUES.items()}
+    other = MEMORY.as_subclass(type("Other", (torch.Tensor,), {}))
+    for _ in range(2):
+        function[(1,)](**arguments | {"x": other})
+    assert (len(seen), len(asked)) == (0, 2)
 
 
 def test_hooks_of_triton_see_every_launch(launched, monkeypatch):
