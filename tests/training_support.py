@@ -18,13 +18,14 @@ def panthera_model(
     targets: tuple[str, ...] = ("q_proj", "v_proj"),
     max_seq_length: int = 64,
     checkpointing: bool | str = "auto",
+    tied: bool = False,
     **lora_options,
 ):
     """A tiny model with a record, as loading leaves it, with LoRA adapters unless told otherwise."""
     from pantheraml.models.adapt import adapt
     from pantheraml.models.record import ModelRecord, attach_record
 
-    model = make_tiny(model_type)
+    model = make_tiny(model_type, tie_word_embeddings=tied)
     if adapted:
         record = ModelRecord(
             name="tiny",

@@ -16,6 +16,7 @@ import torch
 from runs import GLOBAL_BATCH, gathered_weights, losses_of, save_tiny, tiny_qlora, train
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from training_support import panthera_model
 
 from pantheraml import distributed
 from pantheraml.distributed import MultiGPUConfig
@@ -106,6 +107,8 @@ def on_two() -> dict:
     trainer.save_model(OUT / "full by trainer")
     save_pretrained_merged(trainer.model, OUT / "full merged", trainer.processing_class)
     found["full, accumulated"], _ = run("full, accumulated", accumulation=4, **FULL)
+    tied = panthera_model(lora=False, tied=True)
+    found["tied"], _ = run("tied", model=tied, options=SGD | {"max_steps": MIDDLE})
     # What was written in the middle is gone on with, by as many ranks and by fewer.
     for path in (OUT / "full").glob("checkpoint-*"):
         if path.name != f"checkpoint-{MIDDLE}" and distributed.is_main_process():
