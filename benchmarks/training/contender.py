@@ -187,12 +187,18 @@ def main() -> int:
         def __init__(self) -> None:
             self.times: list[float] = []
             self.logged: list[dict[str, float]] = []
+            self.plan: str | None = None
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.begun = now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(now() - self.begun)
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            # Afterwards the model is in its state for inference, which has another plan.
+            plan = getattr(model, "activation_plan", None)
+            self.plan = plan.describe() if plan is not None else None
 
         def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
@@ -237,7 +243,7 @@ def main() -> int:
         if weight.requires_grad:
             trained[weight.dtype] = trained.get(weight.dtype, 0) + weight.numel()
     steady = clock.times[min(WARM_UP, len(clock.times) - 1) :]
-    plan, adapted = (getattr(model, name, None) for name in ("activation_plan", "adapt_report"))
+    adapted = getattr(model, "adapt_report", None)
     record = {
         "ranks": RANKS,
         "tokens_per_second": options.batch * options.length / statistics.median(steady),
@@ -249,7 +255,7 @@ def main() -> int:
         "peak_gib": largest(torch.cuda.max_memory_allocated() / GIB if cuda else None),
         "reserved_gib": largest(torch.cuda.max_memory_reserved() / GIB if cuda else None),
         "weights": {str(d).removeprefix("torch."): n for d, n in trained.items()},
-        "plan": plan.describe() if plan is not None else None,
+        "plan": clock.plan,
         "adapted": adapted.summary() if adapted is not None else None,
         "steps": clock.logged,
     }
