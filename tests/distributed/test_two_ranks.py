@@ -162,7 +162,9 @@ def test_a_rank_that_raises_or_hangs_ends_the_launch_and_is_named_with_its_step(
 
 
 def test_sigterm_to_one_rank_checkpoints_on_all_and_a_restart_goes_on_from_there(launched, tmp_path):
-    done = torchrun(HERE / "failing_worker.py", tmp_path, "terminate", flags=["--max-restarts=1"])
+    done = torchrun(
+        HERE / "failing_worker.py", tmp_path, "terminate", flags=["--max-restarts=1"], device=launched.device
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "stopped by SIGTERM after step 3" in done.stderr
     assert "exitcode: 143" in done.stderr
