@@ -259,7 +259,7 @@ TRAIN: tuple[Group, ...] = (
                 metavar="N",
                 help="with --gpus: start all processes again up to N times when one fails, from the newest checkpoint",
             ),
-            _switch("--use_tpu", "train on TPU (not in this release: refused)"),
+            _switch("--use_tpu", "train on TPU (refused here: see docs/TPU-Guide.md)"),
         ),
     ),
 )

@@ -114,16 +114,17 @@ def test_model_state_around_training(tmp_path, tiny_tokenizer):
     ids=["model on", "model off", "user off", "user on"],
 )
 def test_who_decides_about_checkpointing(own, given, recomputes, tmp_path, tiny_tokenizer, monkeypatch):
-    from pantheraml.models import activations
+    from pantheraml.models.layers import decoder
+    from pantheraml.models.layers.block import Keep
 
-    calls = []
-    original = activations.checkpoint
-    monkeypatch.setattr(activations, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    kept = []
+    original = decoder.decoder_layer
+    monkeypatch.setattr(decoder, "decoder_layer", lambda h, spec, *a: kept.append(spec.keep) or original(h, spec, *a))
     options = {} if given is None else {"gradient_checkpointing": given}
     model = panthera_model(checkpointing=own)
     trainer = sft(tmp_path, tiny_tokenizer, model, options={"max_steps": 1, **options})
     trainer.train()
-    assert bool(calls) == recomputes
+    assert {level < Keep.ALL for level in kept} == {recomputes}
     assert trainer.args.gradient_checkpointing == recomputes
 
 

@@ -18,7 +18,7 @@ from pantheraml.errors import (
     UnknownArchitectureError,
     UnsupportedError,
 )
-from pantheraml.models import FastLanguageModel
+from pantheraml.models import FastLanguageModel, attention
 from pantheraml.models.safety import check_attention, check_inside, clean_config
 
 pytestmark = pytest.mark.disable_socket
@@ -121,7 +121,7 @@ def test_config_fields_that_select_code_are_ignored_and_told(folder, tiny_llama_
     edit_config(folder, **fields)
     model, _ = load(folder)
     assert next(iter(fields)) in capfd.readouterr().err
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attention.NAME
     expected, _ = load(tiny_llama_dir)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, expected(IDS).logits)

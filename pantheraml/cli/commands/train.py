@@ -55,7 +55,11 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         if asked:
             raise UnsupportedError(f"--{asked[0]} cannot be honoured", why=release.why, hint=release.instead)
     if args.use_tpu:
-        raise UnsupportedError("--use_tpu cannot be honoured", why="training on TPU comes in a later release")
+        raise UnsupportedError(
+            "--use_tpu cannot be honoured",
+            why="this command's defaults are for GPUs",
+            hint="train on TPU from a script: examples/experimental_tpu_training.py",
+        )
     if (args.push_model or args.push_gguf) and "hub_path" not in given:
         raise ConfigError("--hub_path is needed to push", hint="give the repository as --hub_path owner/name")
     if args.num_train_epochs == 0 or args.learning_rate == 0:
