@@ -265,12 +265,16 @@ def test_residual_and_buffer_of_a_product(adapted):
     buffer = torch.empty_like(residual)
     (added,), _ = project(x, x, [term], residual=residual, out=buffer)
     assert added is buffer
-    # Three roundings to bfloat16 on either side, in another order, of sums no larger than those of the magnitudes.
-    update = 1.7 * (x.float() @ t["A"].float().t()) @ t["B"].float().t() if adapted else torch.zeros(plain.shape)
-    size = residual.float().abs() + update.abs() + (plain.float() - update).abs()
-    assert ((added.float() - plain.float() - residual.float()).abs() <= 3 * torch.finfo(torch.bfloat16).eps * size).all()
     (same,), _ = project(x, x, [term], rows=fp8_quantize_rows(x))
     assert torch.equal(same, plain)
+    # Roundings to bfloat16 on either side, in another order, of sums no larger than those of the magnitudes: the thin
+    # product, four sums and the result.
+    x, A, B, bias, residual = (value.double() for value in (x, t["A"], t["B"], t["bias"], residual))
+    update = 1.7 * (x @ A.t()) @ B.t() if adapted else torch.zeros(plain.shape)
+    size = residual.abs() + 1.7 * (x.abs() @ A.abs().t()) @ B.abs().t() * adapted
+    size += (plain.double() - update - bias).abs() + bias.abs()
+    error = (added.double() - plain.double() - residual).abs()
+    assert (error <= 3 * torch.finfo(torch.bfloat16).eps * size).all()
 
 
 def test_projections_of_one_input_quantise_it_once(monkeypatch):
