@@ -153,12 +153,21 @@ def by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
     return dispatch.resolve("lora_linear", wide, backend) == "triton"
 
 
-def thin_product(u: torch.Tensor, terms: Sequence[Term], A: torch.Tensor | None = None) -> torch.Tensor | None:
-    """``u @ A.T`` [T, sum of ranks] of all terms, None without adapters; ``A`` as of ``joined_A``, if at hand."""
-    kernels = by_kernels(u, terms)
+def thin_product(
+    u: torch.Tensor, terms: Sequence[Term], A: torch.Tensor | None = None, *, kernels: bool | None = None
+) -> torch.Tensor | None:
+    """``u @ A.T`` [T, sum of ranks] of all terms, None without adapters.
+
+    Args:
+        u: The adapters' input [T, I].
+        terms: The projections.
+        A: What ``joined_A`` would return, for a caller that has it.
+        kernels: What ``by_kernels`` would return, for a caller that has asked.
+    """
     A = joined_A(terms, None) if A is None else A
     if A is None:
         return None
+    kernels = by_kernels(u, terms) if kernels is None else kernels
     return low_rank.narrow(u, A) if kernels else torch.mm(u, A.to(u.dtype).t())
 
 
@@ -185,7 +194,7 @@ def project(
     """
     dtype = x.dtype
     kernels = by_kernels(u, terms)
-    skinny = thin_product(u, terms, A)
+    skinny = thin_product(u, terms, A, kernels=kernels)
     outputs = []
     shared = Fp8Input(x, rows)
     for term, piece in zip(terms, _pieces(terms)):

@@ -130,7 +130,7 @@ def setup_multi_tpu(config: MultiTPUConfig | None = None) -> MultiTPUConfig:
         _errors += 1
         raise
     log.once(
-        "TPU support is experimental: tested on torch_xla's CPU backend and with the TPU compiler (docs/TPU-Guide.md)",
+        "TPU support is experimental: tested on torch_xla's CPU backend, not yet on a TPU (docs/TPU-Guide.md)",
         key="tpu",
     )
     return config
