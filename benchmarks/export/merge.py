@@ -4,9 +4,10 @@
 
 The model has the widths of Llama 3.1 8B (random weights, bf16) and `--layers` of its 32 layers; LoRA of rank 16 is on
 all linear layers. "copy" copies the files of its folder and flushes them to the disk, as a save does. "merge" is
-`save_pretrained_merged` without its check, "merge and verify" with it. Each is timed in turn. CPU seconds
-are those of this process, whatever else the machine does. Memory is the peak of the process while it merges, less what
-it held before.
+`save_pretrained_merged` without its check, "merge and verify" with it. Each is timed in turn, some seconds after the
+files of the one before were removed: on a virtual machine, writing into memory that was freed a moment ago can be
+several times as fast as later. CPU seconds are those of this process, whatever else the machine does. Memory is the
+peak of the process while it merges, less what it held before.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ WIDTHS = {
     "tie_word_embeddings": False,
 }
 SHARD = 5 * 10**9
+SETTLE = 6.0  # seconds before each of the three
 
 
 def build(layers: int, folder: Path) -> Any:
@@ -77,6 +79,12 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
         with open(target / path.name, "rb+") as file:
             os.fsync(file.fileno())
+
+
+def settle() -> None:
+    """Let the disk's queue and the memory of removed files go, so that each path starts from the same."""
+    os.sync()
+    time.sleep(SETTLE)
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
@@ -149,6 +157,7 @@ def run(layers: int, repeats: int, folder: Path) -> dict[str, Any]:
     def merge(name: str, verify: bool) -> tuple[float, float]:
         from pantheraml.export.merge import save_merged
 
+        settle()
         with PeakMemory() as memory:
             seconds = timed(
                 lambda: save_merged(model, folder / name, max_shard_size=SHARD, verify=verify, announce=False)
@@ -159,6 +168,7 @@ def run(layers: int, repeats: int, folder: Path) -> dict[str, Any]:
         return seconds
 
     for _ in range(repeats):
+        settle()
         results["copy"].append(timed(lambda: copy(folder / "base", folder / "copy")))
         shutil.rmtree(folder / "copy")
         results["merge"].append(merge("merged", verify=False))

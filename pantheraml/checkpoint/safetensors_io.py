@@ -2,7 +2,7 @@
 
 Format: https://huggingface.co/docs/safetensors (eight bytes of header length, a JSON header, the raw tensors without
 holes). The writer knows every shape before it starts, so that it writes the header first and then never holds more than
-the tensor at hand; the reader trusts neither the index nor the shards.
+two tensors, the one on its way to the disk and the next; the reader trusts neither the index nor the shards.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -127,10 +128,19 @@ def _aligned(specs: Sequence[TensorSpec]) -> bool:
 def _write_shard(
     path: Path, specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor]
 ) -> dict[str, int]:
-    checksums = {}
     ordered = specs if _aligned(specs) else sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    with open(path, "wb") as file:
+    checksums: dict[str, int] = {}
+
+    # While one tensor is written, the next is produced. Leaving the pool waits for the write, so the file closes last.
+    with open(path, "wb") as file, ThreadPoolExecutor(1, "safetensors") as pool:
+
+        def write(name: str, data: memoryview) -> None:
+            with data:  # lets go of the tensor here, and not when the pool drops its arguments
+                file.write(data)
+                checksums[name] = zlib.crc32(data)
+
         file.write(_header(ordered, {"format": "pt"}))
+        writing: Future[None] | None = None
         for spec in ordered:
             tensor = produce(spec)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
@@ -140,9 +150,12 @@ def _write_shard(
                     why=f"it is {tuple(tensor.shape)} {tensor.dtype}",
                 )
             data = _bytes(tensor)
-            file.write(data)
-            checksums[spec.name] = zlib.crc32(data)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(write, spec.name, data)
             del tensor, data
+        if writing is not None:
+            writing.result()
     return checksums
 
 
@@ -160,7 +173,8 @@ def write_sharded(
         directory: Existing folder to write into.
         specs: Names, shapes and dtypes, in the order in which they fill the shards.
         produce: Called once for each spec, shard by shard (where alignment asks for it, wide dtypes first); the tensor
-            it returns, on any device, is written and dropped before the next call.
+            it returns, on any device, is written while the next is asked for, and dropped before the one after that. It
+            must not be changed until then.
         max_shard_size: Bytes.
         stem: Start of the file names.
 

@@ -192,9 +192,11 @@ class MergedParameters:
             if self._recent is None or self._recent[0] != identity or key not in self._recent[1]:
                 self._recent = None
                 try:
-                    merged = merged_copy(module, layers, dense, where=spec.name)
+                    merged = merged_copy(module, layers, dense, where=spec.name, dtype=spec.dtype)
                 except torch.OutOfMemoryError:
-                    merged = merged_copy(module, layers, dense, where=spec.name, device=torch.device("cpu"))
+                    merged = merged_copy(
+                        module, layers, dense, where=spec.name, dtype=spec.dtype, device=torch.device("cpu")
+                    )
                 self._recent = (identity, merged)
             tensor = self._recent[1].pop(key)
             return _finite(tensor.to(spec.dtype), spec.name)

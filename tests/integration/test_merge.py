@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import pantheraml
 from pantheraml import save as facade
 from pantheraml.errors import CheckpointError, ConfigError, ConflictError, UnsupportedError
-from pantheraml.export import merge, parameters, verify
+from pantheraml.export import dense, merge, parameters, verify
 from pantheraml.export.merge import save_merged
 from pantheraml.models.record import ModelRecord, attach_record
 
@@ -135,6 +135,24 @@ def test_16_bit_weights_are_the_fp32_merge_rounded_once(tmp_path, dtype):
     assert {parameter.dtype for parameter in plain.parameters()} == {dtype}
     assert report.dtype == dtype
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_plain_lora_merged_some_rows_at_a_time_has_the_bits_of_the_whole(tmp_path, monkeypatch):
+    model = adapted(make_tiny("llama", dtype=torch.bfloat16))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    move(model)
+    monkeypatch.setattr(dense, "_plain_lora", lambda layer: False)
+    save_merged(model, tmp_path / "whole")
+    monkeypatch.undo()
+    monkeypatch.setattr(dense, "_BLOCK", 64 * 24)  # 24 rows of most weights, and a last block of fewer
+    monkeypatch.setattr(dense, "_run_merge", lambda *_: pytest.fail("plain LoRA was merged by PEFT"))
+    threads = torch.get_num_threads()
+    save_merged(model, tmp_path / "rows")
+    assert torch.get_num_threads() == threads
+    assert (tmp_path / "rows" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_another_dtype_can_be_written(tmp_path):
