@@ -226,7 +226,7 @@ class Encoder:
                 # What apply_chat_template does besides is for other messages, and takes as long as this.
                 prompt = options.get("add_generation_prompt", False)
                 values = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self._special}
-                return [self._template.render(messages=chat, **values) for chat in chats]
+                return _rendered(self._template, chats, values)
             return self.tokenizer.apply_chat_template(list(chats), tokenize=False, **options) if len(chats) else []
         except TEMPLATE_ERRORS:
             # Again one by one, to know which.
@@ -255,6 +255,13 @@ def _compiled(tokenizer: Any, chat_template: str | None) -> Any:
         return compile_template(text)
     except jinja2.TemplateError:
         return None  # Rendering says why.
+
+
+def _rendered(template: Any, chats: Sequence[Any], values: Mapping[str, Any]) -> list[str]:
+    """What ``template.render`` writes, which collects the names of the environment anew each time."""
+    named = {**template.globals, **values}
+    concat, write, context = template.environment.concat, template.root_render_func, template.new_context
+    return [concat(write(context({**named, "messages": chat}, shared=True))) for chat in chats]
 
 
 def _is_plain(message: Any) -> bool:

@@ -160,6 +160,15 @@ def test_a_refused_row_is_named(model, tokenizer, tmp_path):
     assert (error.value.where, error.value.why) == ("row 1201", "too many")
 
 
+@pytest.mark.parametrize("name", sorted({template.name for template in templates().values()}))
+@pytest.mark.parametrize("prompted", [False, True])
+def test_chats_are_rendered_as_the_tokenizer_renders_them(name, prompted):
+    tokenizer = get_chat_template(build_tokenizer(), name)
+    chats = [chat[: 3 if prompted else 4] for chat in CHATS[1:]]
+    expected = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=prompted)
+    assert Encoder(tokenizer)._render_all(chats, {"add_generation_prompt": prompted}) == expected
+
+
 # ---- control tokens that people type
 
 
