@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,19 @@ def command_of(case: cases.Workload, row: cases.Row, model: Path) -> list[str]:
     return command
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a contender that still runs; what one left behind holds would be missing to the next."""
+    if process.poll() is not None:
+        return
+    # A launcher ends its ranks when it is asked to end, and leaves them behind when it is killed.
+    process.terminate()
+    try:
+        process.wait(ENDING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
     """Run one contender and return its record, or what went wrong under ``error``."""
     with log.open("w+") as file:
@@ -70,13 +84,8 @@ def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
             ended = f"exit code {process.wait(limit_s)}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit_s:.0f} s"
-            # A launcher ends its ranks when it is asked to end, and leaves them behind when it is killed.
-            process.terminate()
-            try:
-                process.wait(ENDING_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        finally:
+            end(process)
     text = log.read_text(errors="replace")
     found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
     if found is not None:
@@ -123,6 +132,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    # As an interrupt does, so that the contender of the moment is ended too.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     deadline = time.monotonic() + options.seconds
     device = "no device (dry run)" if options.dry_run else torch.cuda.get_device_name()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
