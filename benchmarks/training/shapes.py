@@ -98,6 +98,10 @@ def write(name: str, folder: Path) -> Path:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(partial, max_shard_size="4GB")
+    # This process lives on beside the contenders, and what it holds would be missing to them.
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     words = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     words |= {f"w{index}": len(words) + index for index in range(256)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
