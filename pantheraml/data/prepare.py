@@ -1,11 +1,13 @@
 """A data set gets token ids and labels: in threads, a batch at a time, cached by what it was made from.
 
 One pass renders, encodes, labels and cuts. Encoding runs outside of Python's lock, so that threads use all cores
-without copies of the data set and the tokenizer. What is made goes to a file that is mapped into memory as it is read.
+without copies of the data set and the tokenizer, and one renders while another encodes. What is made goes to a file
+that is mapped into memory as it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -36,7 +38,10 @@ Keep = Literal["keep_start", "keep_end"]
 MAX_WORKERS = 8
 # What a batch of the size below needs at most in a worker, encodings included.
 WORKER_BYTES = 256 * 1024**2
-BATCH_ROWS = 500
+# The encodings of so many rows are soon freed and stay near the processor.
+BATCH_ROWS = 100
+# For fewer rows a thread more gains nothing.
+_WORKER_ROWS = 500
 BATCH_BYTES = 1024**2
 # Below it, making the rows again takes as long as finding them.
 CACHED_BYTES = 16 * 1024**2
@@ -83,10 +88,31 @@ class Counts:
 
 
 def workers_for(rows: int) -> int:
-    """How many threads encode this many rows: one a core, a batch, and 256 MiB of half the free memory, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many threads encode this many rows: one a core, 500 rows, and 256 MiB of half the free memory, at most 8."""
     affordable = psutil.virtual_memory().available // 2 // WORKER_BYTES
-    return int(max(1, min(MAX_WORKERS, cores, affordable, -(-rows // BATCH_ROWS))))
+    return int(max(1, min(MAX_WORKERS, _cores(), affordable, -(-rows // _WORKER_ROWS))))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _one_thread_a_batch(workers: int) -> Iterator[None]:
+    """Where our threads take all cores, those of ``tokenizers`` would only take turns with them."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if workers < _cores():
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def prepare(
@@ -151,6 +177,7 @@ def _made(dataset: Dataset, encoder: Encoder, cut: Cut, sink: Any, *, workers: i
     with (
         pa.ipc.new_stream(sink, _SCHEMA) as writer,
         tqdm(total=len(dataset), desc=description, unit=" rows") as bar,
+        _one_thread_a_batch(workers),
     ):
         for encoded in _in_order(_tables(rows), encoder, workers):
             writer.write_batch(_batch(encoded, cut, counts))

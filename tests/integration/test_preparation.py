@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import datasets
 import pytest
@@ -249,6 +250,31 @@ def test_threads_keep_the_order(tokenizer):
     one, two = (prepare(dataset, Encoder(tokenizer), Cut(20), workers=count)[0] for count in (1, 3))
     assert one["number"][:] == two["number"][:] == list(range(2600))
     assert one["input_ids"][:] == two["input_ids"][:]
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+@pytest.mark.parametrize(("workers", "inside"), [(2, "false"), (1, "as before")])
+def test_our_threads_are_the_only_ones_where_they_take_all_cores(tokenizer, monkeypatch, workers, inside, before):
+    name, seen = "TOKENIZERS_PARALLELISM", []
+    monkeypatch.setattr(preparing, "_cores", lambda: 2)
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    encoder = Encoder(tokenizer)
+
+    class Watched(Encoder):
+        def __call__(self, columns):
+            seen.append(os.environ.get(name))
+            return encoder(columns)
+
+    prepare(many(300), Watched(tokenizer), Cut(), workers=workers)
+    assert set(seen) == {before if inside == "as before" else inside}
+    assert os.environ.get(name) == before
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(DataError):
+        prepare(many(300), Encoder(strict), Cut(), workers=workers)
+    assert os.environ.get(name) == before
 
 
 def test_long_rows_go_in_small_batches(tokenizer, monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pantheraml.chat_templates import remove_special_tokens, standardize_data_formats, standardize_sharegpt
+from pantheraml.data import formats
 from pantheraml.data.formats import alpaca_prompt, check, detect, render, to_training_rows
 from pantheraml.data.raw_text import chunk_documents, windows
 from pantheraml.data.rows import Rejections
@@ -177,6 +178,62 @@ def test_bad_conversations(chat, reason):
     tolerant.total = 3
     assert len(check(dataset, detect(dataset), rejections=tolerant)) == 2
     assert len(tolerant) == 1
+
+
+def checked(dataset):
+    """The rows that pass and why the others do not."""
+    rejections = Rejections(0.99)
+    rejections.total = len(dataset)
+    try:
+        good = check(dataset, detect(dataset), rejections=rejections)
+    except DataError as error:
+        return str(error)
+    # The order of a message's keys counts too: templates see it.
+    return [[(name, repr(value)) for name, value in row.items()] for row in good], rejections.items
+
+
+CONTENTS = st.sampled_from(
+    ["hi", "", " ", "\u2003\n", "\x1f", "\x85", "\u200b", "\ufeff", "\U000f0000", "a\x00", "é", None]
+) | st.text(max_size=3)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "User", "x", None])
+GOOD = st.just(CHAT) | st.just([{"role": "system", "content": "s"}, *CHAT, USER, {"role": "tool", "content": "1"}, BOT])
+ANY_CHAT = st.none() | st.lists(st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}), max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_columns_are_checked_as_rows_are(data):
+    bad = data.draw(st.integers(0, 1))
+    at = data.draw(st.integers(0, 4))
+    if data.draw(st.booleans()):
+        good, other = data.draw(st.lists(GOOD, min_size=1, max_size=5)), data.draw(st.lists(ANY_CHAT, max_size=bad))
+        column = {"messages": [*good[:at], *other, *good[at:]]}
+    else:
+        texts = ["a", *data.draw(st.lists(CONTENTS, max_size=3))]
+        column = {"text": texts} if bad else {"prompt": texts, "completion": texts[::-1]}
+    dataset = Dataset.from_dict(column)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_is_canonical", lambda dataset, format: False)
+        expected = checked(dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_BATCH", data.draw(st.integers(1, 3)))
+        assert checked(dataset) == expected
+
+
+@pytest.mark.parametrize(
+    "column", [{"messages": [CHAT] * 3}, {"text": ["a"] * 3}, {"prompt": ["a"] * 3, "completion": ["b"] * 3}]
+)
+def test_rows_that_are_canonical_are_not_made_again(column, monkeypatch):
+    monkeypatch.setattr(formats, "_rebuild", None)
+    dataset = Dataset.from_dict(column | {"more": [1] * 3})
+    assert check(dataset, detect(dataset)).to_dict() == column
+
+
+def test_what_a_data_set_shows_is_checked_not_what_it_stores():
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
+    shown = dataset.with_transform(lambda batch: {"text": [text.upper() for text in batch["text"]]})
+    assert check(shown, detect(dataset))["text"][:] == ["A", "B", "C"]
+    assert check(dataset.select([2, 0]), detect(dataset))["text"][:] == ["c", "a"]
 
 
 @pytest.mark.parametrize(
