@@ -207,6 +207,7 @@ def main() -> None:
     text = report(results, peer, args, tokens, cores)
     print(text)
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"\W+", "_", cpu_name().lower()).strip("_")
         (args.out / f"data_{name}_{datetime.date.today()}.md").write_text(text, encoding="utf-8")
 

@@ -227,6 +227,7 @@ def main() -> None:
     if arguments.out is None:
         print(text)
         return
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"export_{os.cpu_count()}-cores_{datetime.date.today()}.md"
     path.write_text(text, encoding="utf-8")
     print(path)

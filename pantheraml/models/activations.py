@@ -298,9 +298,6 @@ class ActivationPlan:
         measured = group.measured
         if measured is not None and measured.peak is None:
             measured.peak = memory.peak
-            # The cache is cut to the blocks of a step that keeps the least; what is kept from here on, in large blocks
-            # that live long, would lie between its remains.
-            self._free_cached()
         if measured is None or tokens > measured.tokens or length > measured.length:
             limit = memory.allocated + int(self.fraction * memory.free)
             group.measured = _Measured(tokens, length, limit)
