@@ -78,11 +78,12 @@ def mode_of(value: bool | str | None) -> Mode:
 
 @dataclass(frozen=True)
 class Memory:
-    """A reading of the device allocator, in bytes."""
+    """A reading of the device allocator, in bytes: ``reserved`` is what it took from the device, used or not."""
 
     allocated: int
     peak: int
     free: int
+    reserved: int
 
 
 def read_memory(device: torch.device) -> Memory | None:
@@ -90,10 +91,9 @@ def read_memory(device: torch.device) -> Memory | None:
     if device.type not in ("cuda", "xpu"):
         return None
     backend = getattr(torch, device.type)
-    stats_allocated = backend.memory_allocated(device)
-    cached = backend.memory_reserved(device) - stats_allocated
+    allocated, reserved = backend.memory_allocated(device), backend.memory_reserved(device)
     free, _total = backend.mem_get_info(device)
-    return Memory(stats_allocated, backend.max_memory_allocated(device), free + cached)
+    return Memory(allocated, backend.max_memory_allocated(device), free + reserved - allocated, reserved)
 
 
 def upgrades(costs: dict[Keep, Cost]) -> list[tuple[Keep, int, float]]:
@@ -147,7 +147,8 @@ class _Measured:
         tokens: Tokens (batch x sequence) of the measured forward.
         length: Its sequence length.
         limit: Bytes that may be allocated in all.
-        peak: Peak bytes of a step at the lowest levels, or None while that step is still running.
+        peak: Peak bytes of a step at the lowest levels, with what the allocator loses between blocks, or None while
+            that step is still running.
         whole: Bytes that one kept layer adds, as the last layer of the first step showed; 0 while unknown.
     """
 
@@ -297,7 +298,8 @@ class ActivationPlan:
     def _plan(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
         measured = group.measured
         if measured is not None and measured.peak is None:
-            measured.peak = memory.peak
+            # Blocks of many sizes do not fill what was reserved for them, and what they lose they will lose again.
+            measured.peak = max(memory.peak, memory.reserved)
         if measured is None or tokens > measured.tokens or length > measured.length:
             limit = memory.allocated + int(self.fraction * memory.free)
             group.measured = _Measured(tokens, length, limit)
@@ -325,6 +327,8 @@ class ActivationPlan:
 
     def _start(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
         """The levels of the step that measures: inputs only, and those on the host that would not fit."""
+        # What is reserved at its end shall be of this step alone.
+        self._free_cached()
         own = hidden.numel() * hidden.element_size()
         costs = self._costs(self._layers[group.indices[-1]], tokens, length)
         working = int(_WORKING_LAYERS * costs[Keep.ALL].bytes) if costs is not None else 8 * own

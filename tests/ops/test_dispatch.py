@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 
@@ -131,8 +130,9 @@ def test_exports(name):
 
 
 def test_an_op_is_not_hidden_by_its_module():
-    importlib.reload(importlib.import_module("pantheraml.kernels.layer_norm"))
-    assert callable(kernels.layer_norm)
+    # In a child: a module that is loaded again here has compiled kernels, where other tests want interpreted ones.
+    code = "from pantheraml import kernels\nimport pantheraml.kernels.layer_norm\nassert callable(kernels.layer_norm)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'softmax'"):
         _ = kernels.softmax
 
