@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -201,22 +202,35 @@ def test_flash_attention_is_told_documents_windows_and_sinks(window, with_sinks,
         torch.testing.assert_close(result, due, rtol=1e-5, atol=1e-6)
 
 
+def test_few_lengths_are_compiled():
+    lengths = range(1, 65_537)
+    assert all(0 <= flex.filled(length) - length < max(flex.BLOCK, length / 8) for length in lengths)
+    assert all(flex.filled(length) % flex.BLOCK == 0 for length in lengths)
+    assert len({flex.filled(length) for length in lengths}) <= 8 * 8
+
+
 @pytest.mark.parametrize("window", [None, 100, 200])
 @pytest.mark.parametrize("lengths", [[[300]], [[1, 127, 129, 43], [260, 39, 1, 0]], [[128, 128], [256, 0]]])
-def test_block_masks_made_of_bounds_say_what_the_mask_says(lengths, window):
+def test_block_masks_made_of_bounds_say_what_the_mask_says(lengths, window, monkeypatch):
     rows = [[n for n in row if n] for row in lengths]
     batch, length = len(rows), sum(rows[0])
     documents = from_lengths([n for row in rows for n in row], batch, length, window, CPU)
     made = flex.block_mask(documents)
-    mask = documents.dense()
+    full = flex.filled(length)
+    # What fills the row up sees itself alone.
+    whole = torch.eye(full, dtype=torch.bool).repeat(batch, 1, 1)
+    whole[:, length:, length:] = torch.ones(full - length, full - length).tril().bool()
+    whole[:, :length, :length] = documents.dense()[:, 0]
     due = flex_attention.create_block_mask(
-        lambda b, h, q, k: mask[b, 0, q, k], batch, None, length, length, device="cpu", BLOCK_SIZE=flex.BLOCK
+        lambda b, h, q, k: whole[b, q, k], batch, None, full, full, device="cpu", BLOCK_SIZE=flex.BLOCK
     )
     assert flex.block_mask(documents) is made
     assert torch.equal(made.to_dense(), due.to_dense())
     assert torch.equal(made.full_kv_num_blocks, due.full_kv_num_blocks)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention.flex_attention)
     q, k, v, _ = (x.detach().float() for x in inputs(documents, head_dim=16))
-    out = flex_attention.flex_attention(q, k, v, block_mask=made, scale=0.3, enable_gqa=True).transpose(1, 2)
+    out = flex.flex(q, k, v, documents, scale=0.3)
+    assert out.shape == (batch, length, 4, 16)
     torch.testing.assert_close(out.double(), truth(q, k, v, documents, scale=0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -305,12 +319,17 @@ def test_packed_documents_in_bf16_give_what_they_give_alone(family):
     model = make_tiny(family, max_position_embeddings=2048, **sizes).to("cuda", torch.bfloat16)
     truth = make_tiny(family, max_position_embeddings=2048, **sizes).to("cuda")
     truth.load_state_dict(model.state_dict())
-    lengths = [700, 1, 300, 23]
-    ids = torch.randint(3, 384, (1, sum(lengths)), device="cuda")
-    alone = [truth(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
-    rounded = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+    stock = copy.deepcopy(model)
     assert attention.prefer(model)
     adapt(model)
+    for lengths in ([700, 1, 300, 23], [900, 400], [1300, 5]):
+        compare_packed(model, truth, stock, lengths)
+
+
+def compare_packed(model, truth, stock, lengths):
+    ids = torch.randint(3, 384, (1, sum(lengths)), device="cuda")
+    alone = [truth(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+    rounded = [stock(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
     positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     alone, rounded = torch.cat(alone, 1), torch.cat(rounded, 1)

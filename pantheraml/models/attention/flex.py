@@ -1,4 +1,8 @@
-"""FlexAttention over documents: the kernel for soft caps, which no other fused kernel has."""
+"""FlexAttention over documents: the kernel for soft caps, which no other fused kernel has.
+
+The operator is compiled for each length. Lengths that change are not left to the compiler, which cannot trace a soft
+cap's gradient for them (torch 2.11): rows are filled up to one of at most eight lengths an octave.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 from .documents import Documents, lasting
@@ -14,18 +19,25 @@ from .documents import Documents, lasting
 BLOCK = 128
 
 
-# Forms of one process: dtypes, sizes of heads, caps, sinks, with gradients and without. Past it torch would run the
-# operator uncompiled, in memory of T x T or not at all.
-_FORMS = 64
+# Forms of one process: lengths, batches, dtypes, sizes of heads, caps, sinks, with gradients and without. Past it torch
+# would run the operator uncompiled, in memory of T x T or not at all.
+_FORMS = 512
+
+
+def filled(length: int) -> int:
+    """The least of the lengths that are compiled for which holds ``length`` tokens: at most an eighth is filled in."""
+    step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
 
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention.flex_attention)
+    return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
 def _attention(*tensors: torch.Tensor, **options: Any) -> Any:
-    with torch._dynamo.config.patch(recompile_limit=_FORMS, fail_on_recompile_limit_hit=True):
+    limits = {"recompile_limit": _FORMS, "accumulated_recompile_limit": _FORMS}
+    with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
         return _compiled()(*tensors, **options)
 
 
@@ -38,12 +50,17 @@ def _capped(softcap: float) -> Any:
 
 
 def block_mask(documents: Documents) -> flex_attention.BlockMask:
-    """The block mask of ``documents``, made from their bounds without a T x T mask and kept with them."""
+    """The block mask of ``documents``, made from their bounds without a T x T mask and kept with them.
+
+    It is of the length ``filled(T)``; what fills a row up is a document of its own.
+    """
     known = getattr(documents, "_block_mask", None)
     if known is not None:
         return known
     with lasting():
-        mask = _block_mask(documents.first, documents.length)
+        length = filled(documents.length)
+        first = F.pad(documents.first, (0, length - documents.length), value=documents.length)
+        mask = _block_mask(first, length)
     documents._block_mask = mask  # type: ignore[attr-defined]
     return mask
 
@@ -112,9 +129,11 @@ def flex(
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
+    length = query.shape[2]
+    query, key, value = (F.pad(x, (0, 0, 0, filled(length) - length)) for x in (query, key, value))
     if sinks is None:
-        return _attention(query, key, value, **options).transpose(1, 2)
+        return _attention(query, key, value, **options)[:, :, :length].transpose(1, 2)
     out, aux = _attention(query, key, value, return_aux=flex_attention.AuxRequest(lse=True), **options)
     # The share that is left to the keys: exp(lse) / (exp(lse) + exp(sink)).
     share = torch.sigmoid(aux.lse - sinks.float()[:, None])
-    return (out * share[..., None]).to(query.dtype).transpose(1, 2)
+    return (out * share[..., None]).to(query.dtype)[:, :, :length].transpose(1, 2)
