@@ -2,7 +2,9 @@
 
 Keeping a layer's activations costs memory, recomputing them costs time. The automatic mode measures: the first step at
 a new size keeps the least, and its peak tells what is left of the stated share of the free memory. From the next step
-on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Layers that
+on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Where all
+that is worth keeping takes more than half of it, the second step spends half, and by what that really took, losses
+between blocks included, the steps after it spend the rest. Layers that
 run as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or
 recomputed as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU),
 everything is kept; an XLA device, whose compiler lays out the memory of a step before it runs, recomputes every layer.
@@ -47,6 +49,8 @@ MODES: dict[bool | str | None, Mode] = {
 _FIXED = {"recompute": Keep.INPUT, "offload": Keep.HOST, "keep": Keep.ALL}
 # Share of what is kept that the allocator loses between blocks, and that parts of a step hold for a moment.
 _SLACK = 0.06
+# Share of the memory that the step spends which shows what spending costs.
+_TRIAL = 0.5
 # While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
 _WORKING_LAYERS = 2.5
 _DESCRIPTIONS = {
@@ -139,6 +143,11 @@ def allot(costs: Sequence[dict[Keep, Cost]], budget: int) -> list[Keep]:
     return levels
 
 
+def _spent(costs: Sequence[dict[Keep, Cost]], levels: Sequence[Keep]) -> int:
+    """Bytes that layers hold at ``levels`` beyond the lowest ones."""
+    return sum(c[level].bytes - c[min(c)].bytes for c, level in zip(costs, levels))
+
+
 @dataclass
 class _Measured:
     """What one size of forward on one device needs.
@@ -150,6 +159,8 @@ class _Measured:
         peak: Peak bytes of a step at the lowest levels, with what the allocator loses between blocks, or None while
             that step is still running.
         whole: Bytes that one kept layer adds, as the last layer of the first step showed; 0 while unknown.
+        tried: Bytes that the trial step was to keep beyond the lowest levels; 0 before it.
+        factor: Bytes that were reserved for each byte to be kept, at least 1, or None while no trial has shown it.
     """
 
     tokens: int
@@ -157,6 +168,13 @@ class _Measured:
     limit: int
     peak: int | None = None
     whole: int = 0
+    tried: int = 0
+    factor: float | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step is running whose memory will be read."""
+        return self.peak is None or (self.tried > 0 and self.factor is None)
 
 
 @dataclass
@@ -255,8 +273,8 @@ class ActivationPlan:
         measured = [g.measured for g in self._groups.values() if g.measured is not None]
         if not measured:
             return f"activations of all {layers} layers are kept (this device does not report its memory)"
-        if any(m.peak is None for m in measured):
-            return f"activations: measuring, all {layers} layers are recomputed until then"
+        if any(m.unfinished for m in measured):
+            return f"activations: measuring, more of the {layers} layers are recomputed until then"
         counts = Counter(self.levels)
         parts = [f"{counts[level]} {text}" for level, text in _DESCRIPTIONS.items() if counts[level]]
         tokens = max(m.tokens for m in measured)
@@ -289,7 +307,7 @@ class ActivationPlan:
                 continue
             self._plan(group, memory, hidden, tokens, length)
         planned = [g.measured for g in self._groups.values() if g.measured is not None]
-        if planned and all(m.peak is not None for m in planned):
+        if planned and not any(m.unfinished for m in planned):
             told = self.describe()
             if told != self._told:
                 self._told = told
@@ -307,10 +325,18 @@ class ActivationPlan:
             self._start(group, memory, hidden, tokens, length)
             return
         assert measured.peak is not None
+        if measured.tried and measured.factor is None:
+            measured.factor = max(1.0, (memory.reserved - measured.peak) / measured.tried)
+            group.allotted.clear()
         size = tokens, length
         if size not in group.allotted:
             costs = [self._offered(index, group, tokens, length) for index in group.indices]
-            group.allotted[size] = allot(costs, int((1 - _SLACK) * (measured.limit - measured.peak)))
+            budget = int((1 - _SLACK) * (measured.limit - measured.peak) / (measured.factor or 1.0))
+            if measured.factor is None and budget > 0 and _spent(costs, [max(c) for c in costs]) > _TRIAL * budget:
+                budget = int(_TRIAL * budget)
+                measured.tried = _spent(costs, allot(costs, budget))
+                self._free_cached()
+            group.allotted[size] = allot(costs, budget)
         for index, level in zip(group.indices, group.allotted[size]):
             self.levels[index] = level
 

@@ -96,6 +96,8 @@ def drive(plan, layers, allocator, *, tokens, keep, older=False):
     for layer in layers:
         plan.run(layer.bound(ran, older=older), hidden)
     allocator.peak = max(allocator.peak, allocator.recompute_peak)
+    # The first step's peak is stated, its kept layer included.
+    allocator.reserved = allocator.recompute_peak + (allocator.kept if len(kept) > 1 else 0)
     allocator.kept = 0
     return [layer in kept for layer in layers]
 
@@ -107,7 +109,9 @@ def test_layers_that_are_no_nodes_are_kept_from_the_last_as_far_as_they_fit(olde
     allocator = Allocator(capacity=10_000, base=1_000, recompute_peak=2_000)
     plan = RecordingPlan(layers, "auto", fraction=0.9, memory=allocator)
     assert step(plan, layers, allocator, tokens=10, keep=150) == [False] * 7 + [True]
-    # limit 1,000 + 0.9 * 9,000 = 9,100; 0.94 * (9,100 - 2,000) / 1,500 = 4 layers
+    # limit 1,000 + 0.9 * 9,000 = 9,100; 0.94 * (9,100 - 2,000) = 6,674, of which half is tried: 2 layers of 1,500
+    assert step(plan, layers, allocator, tokens=10, keep=150) == [False] * 6 + [True] * 2
+    # They took 1,660 each: 6,674 / 1.107 / 1,500 = 4 layers.
     assert step(plan, layers, allocator, tokens=10, keep=150) == [False] * 4 + [True] * 4
     # half the tokens cost half, so all eight fit
     assert step(plan, layers, allocator, tokens=5, keep=150) == [True] * 8
@@ -159,12 +163,17 @@ def test_nodes_are_planned_from_their_costs_and_the_measured_peak():
     assert ask(plan, layers, tokens=10) == [Keep.INPUT] * 4
     assert "measuring" in plan.describe()
     allocator.peak = 500
-    # limit 100 + 810 = 910, of which 0.94 * 410 = 385 are left: four times 30, then four times 60
+    # limit 100 + 810 = 910, of which 0.94 * 410 = 385 are left. Half is tried: four times 30, then once 60.
+    assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+    assert "measuring" in plan.describe()
+    allocator.reserved = 500 + 180
+    # It took what it should: four times 30, then four times 60.
     assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
     allocator.peak = 700
     assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
     # A larger batch starts over; its measured peak leaves 0.94 * (910 - 700) = 197 for levels that cost twice.
     assert ask(plan, layers, tokens=20) == [Keep.INPUT] * 4
+    assert ask(plan, layers, tokens=20) == [Keep.INPUT, Keep.INPUT, Keep.INPUT, Keep.RESIDUAL]
     assert ask(plan, layers, tokens=20) == [Keep.INPUT, Keep.RESIDUAL, Keep.RESIDUAL, Keep.RESIDUAL]
     assert plan.describe() == (
         "activations of 4 layers at 20 tokens: 3 kept but for the MLP's inner part, 1 recomputed"
@@ -177,8 +186,28 @@ def test_what_the_allocator_loses_between_blocks_is_not_spent():
     plan = nodes_plan(allocator, layers, fraction=0.9)
     ask(plan, layers, tokens=10)
     allocator.peak, allocator.reserved = 500, 800
-    # 0.94 * (910 - 800) = 103 instead of 385: three times 30.
-    assert ask(plan, layers, tokens=10) == [Keep.INPUT, Keep.RESIDUAL, Keep.RESIDUAL, Keep.RESIDUAL]
+    # 0.94 * (910 - 800) = 103 instead of 385; half is tried.
+    assert ask(plan, layers, tokens=10) == [Keep.INPUT] * 3 + [Keep.RESIDUAL]
+    allocator.reserved = 800 + 30
+    assert ask(plan, layers, tokens=10) == [Keep.INPUT] + [Keep.RESIDUAL] * 3
+
+
+def test_what_the_trial_takes_beyond_its_costs_is_expected_of_the_rest():
+    layers = [Layer() for _ in range(4)]
+    allocator = Allocator(capacity=1_000, base=100, recompute_peak=500)
+    plan = nodes_plan(allocator, layers, fraction=0.9)
+    ask(plan, layers, tokens=10)
+    allocator.peak = 500
+    assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+    # 180 bytes took 360, so that the 385 that are left are enough for 192.
+    allocator.reserved = 500 + 360
+    for _step in range(2):
+        assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+        assert "measuring" not in plan.describe()
+    # What needs less than half of the memory is kept without a trial.
+    plan = nodes_plan(Allocator(capacity=1_000, base=100, recompute_peak=100), layers, fraction=0.9)
+    ask(plan, layers, tokens=10)
+    assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
 
 
 def test_inputs_that_do_not_fit_wait_in_host_memory():
@@ -194,6 +223,7 @@ def test_after_an_allocation_failed_nothing_more_is_kept():
     layers = [Layer() for _ in range(4)]
     allocator = Allocator(capacity=1_000, base=100, recompute_peak=500)
     plan = nodes_plan(allocator, layers)
+    ask(plan, layers, tokens=10)
     ask(plan, layers, tokens=10)
     assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
     plan.shrink()
