@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ VERSIONS = ("datasets", "tokenizers", "transformers", "trl", "torch")
 Chat = list[dict[str, str]]
 
 
-def make_chats(count: int, seed: int = 0) -> list[Chat]:
+def draw_chats(count: int, seed: int = 0) -> Iterator[Chat]:
     """Chats of one question and one answer of 5 to 60 words, common words more often than rare ones."""
     draw = random.Random(seed)
     syllables = [c + v + e for c in "bcdfghjklmnprstvw" for v in "aeiou" for e in ("", "n", "r", "s")]
@@ -59,7 +59,8 @@ def make_chats(count: int, seed: int = 0) -> list[Chat]:
         start = draw.randrange(len(pool) - 60)
         return " ".join(pool[start : start + draw.randint(5, 60)]).capitalize() + "."
 
-    return [[{"role": "user", "content": text()}, {"role": "assistant", "content": text()}] for _ in range(count)]
+    for _ in range(count):
+        yield [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
 
 
 def make_tokenizer(chats: list[Chat]) -> Any:
@@ -170,7 +171,7 @@ def main() -> None:
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    chats = make_chats(args.chats)
+    chats = list(draw_chats(args.chats))
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         model, tokenizer = make_model(directory, make_tokenizer(chats[:20_000]))

@@ -219,8 +219,7 @@ def _training_rows(args: argparse.Namespace, output: Output) -> list[Rows]:
     loaded, parts = zip(*(_read(args, name, args.train_split, output) for name in _names(args)), strict=True)
     rejected = Rejections(args.max_bad_fraction)
     for part in loaded:
-        rejected.items += part.rejections.items
-        rejected.total += part.rejections.total
+        rejected.extend(part.rejections)
     if len(rejected) and env.rank() == 0:
         path = Path(args.output_dir) / _REJECTED_FILE
         rejected.write(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -15,6 +16,7 @@ from ..errors import ConfigError, DataError
 from . import chats
 from .chats import BadRowError
 from .rows import Rejections, Row, type_name
+from .stored import stored
 
 Kind = Literal["alpaca", "messages", "prompt_completion", "text"]
 
@@ -232,23 +234,16 @@ _CHECKS: dict[str, Callable[[Row, Mapping[str, str]], Row]] = {
 }
 
 
-def _rebuild(rows: Iterable[Row]) -> Dataset:
+def _rebuild(rows: Iterable[Row], description: str) -> Dataset:
     """Make a data set of rows a batch at a time, so that only one batch exists as Python objects."""
-    tables: list[pa.Table] = []
-    batch: list[Row] = []
 
-    def flush() -> None:
-        names = dict.fromkeys(name for row in batch for name in row)
-        tables.append(pa.table({name: pa.array([row.get(name) for row in batch]) for name in names}))
-        batch.clear()
+    def tables() -> Iterator[pa.Table]:
+        remaining = iter(rows)
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            names = dict.fromkeys(name for row in batch for name in row)
+            yield pa.table({name: pa.array([row.get(name) for row in batch]) for name in names})
 
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH:
-            flush()
-    if batch:
-        flush()
-    return Dataset(pa.concat_tables(tables, promote_options="permissive")) if tables else Dataset.from_dict({})
+    return stored(tables(), description)
 
 
 def _rows(dataset: Dataset) -> Iterator[Row]:
@@ -353,7 +348,7 @@ def check(
                 rejections.add(origin(index) if origin else f"row {index + 1}", str(error), row)
 
     try:
-        checked = _rebuild(good_rows())
+        checked = _rebuild(good_rows(), "Checking rows")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             "rows mix text prompts and message lists", where=where, why=str(error), hint="keep one kind"
@@ -401,9 +396,9 @@ def render(checked: Dataset, kind: Kind, tokenizer: Any) -> Dataset:
         )
     if kind == "text":
         tables = cast("Iterator[pa.Table]", checked.with_format("arrow", columns=["text"]).iter(batch_size=_BATCH))
-        return Dataset(pa.concat_tables(pa.table({"text": _ended(table.column("text"), end)}) for table in tables))
+        return stored((pa.table({"text": _ended(table.column("text"), end)}) for table in tables), "Rendering rows")
     texts = (alpaca_prompt(row["instruction"], row["input"]) + row["output"] for row in _rows(checked))
-    return _rebuild({"text": text if text.endswith(end) else text + end} for text in texts)
+    return _rebuild(({"text": text if text.endswith(end) else text + end} for text in texts), "Rendering rows")
 
 
 def _ended(texts: pa.ChunkedArray, end: str) -> pa.ChunkedArray:

@@ -32,6 +32,7 @@ from datasets.utils import tqdm
 from ..errors import DataError
 from .encoding import Encoded, Encoder, RefusedRowError
 from .masking import IGNORED
+from .stored import MEMORY_BYTES, folder
 
 Keep = Literal["keep_start", "keep_end"]
 
@@ -44,7 +45,7 @@ BATCH_ROWS = 100
 _WORKER_ROWS = 500
 BATCH_BYTES = 1024**2
 # Below it, making the rows again takes as long as finding them.
-CACHED_BYTES = 16 * 1024**2
+CACHED_BYTES = MEMORY_BYTES
 _STREAM_ROWS = 100
 # Goes up when the same settings give other token ids or labels.
 _FORMAT = 1
@@ -290,19 +291,10 @@ def _key(dataset: Dataset, encoder: Encoder, cut: Cut) -> str:
 
 
 def _folder(dataset: Dataset) -> Path:
-    """Where files of this data set go: beside its own, or to the cache of ``datasets``."""
-    if not datasets.is_caching_enabled():
-        return Path(_temporary().name)
+    """Where files of this data set go: beside its own, or to the folder of files of rows."""
     files = dataset.cache_files
-    own = Path(files[0]["filename"]).parent if files else None
-    return (
-        own if own is not None and os.access(own, os.W_OK) else Path(datasets.config.HF_DATASETS_CACHE) / "pantheraml"
-    )
-
-
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="pantheraml-")
+    own = Path(files[0]["filename"]).parent if files and datasets.is_caching_enabled() else None
+    return own if own is not None and os.access(own, os.W_OK) else folder()
 
 
 def _cached(folder: Path, key: str, make: Callable[[Any], Counts]) -> tuple[Dataset, Counts]:

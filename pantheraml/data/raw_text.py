@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 from datasets import Dataset
 
 from ..errors import ArgumentError, ConfigError, DataError, UnsupportedError
 from . import sources
+from .stored import stored
 
 # File name endings by format; anything else is read as plain text.
 _FORMATS = {
@@ -23,6 +25,7 @@ _FORMATS = {
 }
 
 Chunk = dict[str, list[int]]
+_BATCH = 1000
 
 
 def windows(length: int, chunk_size: int, stride: int) -> list[tuple[int, int]]:
@@ -147,10 +150,25 @@ def chunk_documents(texts: Iterable[str], tokenizer: Any, *, chunk_size: int = 2
         DataError: there is no text.
     """
     windows(0, chunk_size, stride)
-    chunks = [c for text in texts for c in token_chunks(text, tokenizer, chunk_size=chunk_size, stride=stride)]
-    if not chunks:
+
+    def tables() -> Iterator[pa.Table]:
+        waiting: list[list[int]] = []
+        for text in texts:
+            waiting += token_chunks(text, tokenizer, chunk_size=chunk_size, stride=stride)
+            if len(waiting) >= _BATCH:
+                yield _table(waiting)
+                waiting = []
+        if waiting:
+            yield _table(waiting)
+
+    chunks = stored(tables(), "Tokenizing running text")
+    if not len(chunks):
         raise _no_text()
-    return Dataset.from_dict({"input_ids": chunks})
+    return chunks
+
+
+def _table(chunks: list[list[int]]) -> pa.Table:
+    return pa.table({"input_ids": pa.array(chunks, pa.list_(pa.int32()))})
 
 
 def _no_text(where: str = "raw text") -> DataError:

@@ -18,11 +18,13 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import ConfigError, DataError
-from . import rows as readers
-from .rows import Rejections, Row
+from . import readers
+from .rows import Rejections, Row, type_name
+from .stored import stored
 
 SUFFIXES = (*readers.READERS, ".parquet")
 _BATCH = 1000
+_BATCH_LETTERS = 16 * 1024**2
 _INT64 = 1 << 63
 _TOO_LARGE = "a number beyond 64 bits"
 _SPLIT_WORDS = {
@@ -305,38 +307,44 @@ def _files(path: Path, split: str) -> list[Path]:
 
 def _read_files(files: list[Path], rejections: Rejections) -> tuple[Dataset, Origins]:
     origins = Origins()
-    tables: list[pa.Table] = []
-    kinds = _Kinds()
-    for file in files:
-        origins.begin(str(file))
-        try:
-            if file.suffix.lower() == ".parquet":
-                table = pq.read_table(file, memory_map=True)
-                rejections.total += table.num_rows
-                origins.extend(table.num_rows)
-                tables.append(table)
-            else:
-                numbered = readers.READERS[file.suffix.lower()](file, rejections)
-                tables.extend(_tables(file, numbered, kinds, origins, rejections))
-        except pa.ArrowInvalid as error:
-            raise DataError("the file cannot be read", where=str(file), why=_first_line(error)) from error
-        except OSError as error:
-            raise DataError("the file cannot be opened", where=str(file), why=_first_line(error)) from error
-    tables = [table for table in tables if table.num_rows]
-    if not tables:
-        return Dataset.from_dict({}), origins
     try:
-        return Dataset(pa.concat_tables(tables, promote_options="permissive")), origins
+        return stored(_tables(files, rejections, origins), "Reading rows"), origins
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             "the files do not fit together", where=", ".join(map(str, files[:3])), why=_first_line(error)
         ) from error
 
 
+def _tables(files: list[Path], rejections: Rejections, origins: Origins) -> Iterator[pa.Table]:
+    """The good rows of all files, some at a time."""
+    kinds = _Kinds()
+    for file in files:
+        origins.begin(str(file))
+        try:
+            if file.suffix.lower() == ".parquet":
+                yield from _parquet_tables(file, rejections, origins)
+            else:
+                numbered = readers.READERS[file.suffix.lower()](file, rejections)
+                for batch in _batches(numbered):
+                    yield _table(file, batch, kinds, origins, rejections)
+        except pa.ArrowInvalid as error:
+            raise DataError("the file cannot be read", where=str(file), why=_first_line(error)) from error
+        except OSError as error:
+            raise DataError("the file cannot be opened", where=str(file), why=_first_line(error)) from error
+
+
+def _parquet_tables(file: Path, rejections: Rejections, origins: Origins) -> Iterator[pa.Table]:
+    with pq.ParquetFile(file, memory_map=True) as reader:
+        origins.extend(reader.metadata.num_rows)
+        rejections.total += reader.metadata.num_rows
+        for batch in reader.iter_batches(_BATCH):
+            yield pa.Table.from_batches([batch])
+
+
 def _walk(value: Any, path: str, found: list[tuple[str, str]]) -> None:
     if value is None:
         return
-    kind = readers.type_name(value)
+    kind = type_name(value)
     if isinstance(value, int) and not -_INT64 <= value < _INT64:
         kind = _TOO_LARGE
     found.append((path, kind))
@@ -378,27 +386,37 @@ class _Kinds:
         return good, bad
 
 
-def _tables(
-    file: Path, numbered: Iterator[tuple[int, Row]], kinds: _Kinds, origins: Origins, rejections: Rejections
-) -> Iterator[pa.Table]:
-    """Turn rows to Arrow tables, a batch at a time, so that only one batch exists as Python objects."""
+def _batches(numbered: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Rows a batch at a time, so that only one batch exists as Python objects."""
     batch: list[tuple[int, Row]] = []
-
-    def flush() -> pa.Table:
-        good, bad = kinds.split([row for _, row in batch])
-        for index, reason in bad.items():
-            line, row = batch[index]
-            rejections.add(f"{file}:{line}", reason, row)
-        for index in good:
-            origins.add(batch[index][0])
-        kept = [batch[index][1] for index in good]
-        names = dict.fromkeys(name for row in kept for name in row)
-        return pa.table({name: pa.array([row.get(name) for row in kept]) for name in names})
-
+    letters = 0
     for item in numbered:
         batch.append(item)
-        if len(batch) == _BATCH:
-            yield flush()
-            batch.clear()
+        letters += _letters(item[1])
+        if len(batch) == _BATCH or letters >= _BATCH_LETTERS:
+            yield batch
+            batch, letters = [], 0
     if batch:
-        yield flush()
+        yield batch
+
+
+def _letters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_letters, parts))
+
+
+def _table(
+    file: Path, batch: list[tuple[int, Row]], kinds: _Kinds, origins: Origins, rejections: Rejections
+) -> pa.Table:
+    """Those rows of a batch whose types fit."""
+    good, bad = kinds.split([row for _, row in batch])
+    for index, reason in bad.items():
+        line, row = batch[index]
+        rejections.add(f"{file}:{line}", reason, row)
+    for index in good:
+        origins.add(batch[index][0])
+    kept = [batch[index][1] for index in good]
+    names = dict.fromkeys(name for row in kept for name in row)
+    return pa.table({name: pa.array([row.get(name) for row in kept]) for name in names})

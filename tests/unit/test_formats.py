@@ -189,7 +189,7 @@ def checked(dataset):
     except DataError as error:
         return str(error)
     # The order of a message's keys counts too: templates see it.
-    return [[(name, repr(value)) for name, value in row.items()] for row in good], rejections.items
+    return [[(name, repr(value)) for name, value in row.items()] for row in good], list(rejections)
 
 
 CONTENTS = st.sampled_from(

@@ -6,16 +6,25 @@ import json
 
 import datasets
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from pantheraml.data import json_rows, stored
+from pantheraml.data.json_rows import read_json
+from pantheraml.data.rows import Rejections
 from pantheraml.data.sources import load, load_text
 from pantheraml.errors import ConfigError, DataError
 
 GOOD = b'{"text": "ok"}'
 
 
-@pytest.fixture(autouse=True)
-def _no_bars():
+@pytest.fixture(autouse=True, params=["memory", "file"])
+def _kept(request, tmp_path, monkeypatch):
+    """All of it with rows in memory, and with rows in a mapped file."""
     datasets.disable_progress_bars()
+    if request.param == "file":
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
+        monkeypatch.setattr(stored, "MEMORY_BYTES", 0)
 
 
 def write(path, content):
@@ -60,7 +69,7 @@ def test_bad_line_is_named_and_can_be_dropped(tmp_path, line, reason):
 
     loaded = load(path, max_bad_fraction=0.25)
     assert loaded.dataset["text"][:] == ["ok"] * 3
-    assert [item.where for item in loaded.rejections.items] == [f"{path}:3"]
+    assert [item.where for item in loaded.rejections] == [f"{path}:3"]
     assert [loaded.origin(index) for index in range(3)] == [f"{path}:{line}" for line in (1, 2, 4)]
     with pytest.raises(DataError):
         load(path, max_bad_fraction=0.24)
@@ -268,3 +277,45 @@ def test_types_are_learnt_over_batches(tmp_path):
     assert loaded.dataset[1001]["meta"] == {"k": [1]}
     with pytest.raises(DataError, match=r"1003: wrong type: 'meta.k\[\]' is text where other rows have number"):
         load(write(tmp_path / "rows.jsonl", "\n".join([*lines, '{"text": "b", "meta": {"k": ["x"]}}'])))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.lists(VALUES, min_size=1, max_size=5), indent=st.none() | st.just(2), ascii=st.booleans(), data=st.data()
+)
+def test_arrays_are_read_in_blocks_as_they_are_at_once(tmp_path, values, indent, ascii, data):
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii)
+    raw = data.draw(st.sampled_from(["", " \n", "\ufeff"])).encode() + text.encode()
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(raw)))
+        raw = raw[:at] + data.draw(st.sampled_from([b"", b"\xff", b"]", b"1.5", b'"'])) + raw[at:]
+    path = write(tmp_path / "rows.json", raw)
+
+    def read():
+        rejections = Rejections()
+        try:
+            return list(read_json(path, rejections)), list(rejections)
+        except DataError as error:
+            return str(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "_BLOCK", data.draw(st.integers(1, 30)))
+        found = read()
+    assert found == read()
+
+
+def test_little_of_a_large_array_is_held(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.json", json.dumps([{"text": f"{n} " + "x" * 1000} for n in range(2000)]))
+    monkeypatch.setattr(json_rows, "_BLOCK", 4096)
+    held = []
+    grow = json_rows._Window.grow
+    monkeypatch.setattr(json_rows._Window, "grow", lambda self, start: (grow(self, start), held.append(len(self.text))))
+    assert len(load(path).dataset) == 2000
+    assert max(held) < 10 * 4096
