@@ -339,10 +339,14 @@ def _trainer(
 ) -> Any:
     from trl import SFTConfig, SFTTrainer
 
+    from ..training.preparation import PARSE_CONTROL
+
     options = {name: getattr(args, name) for name in _CONFIG_ARGUMENTS}
     options |= {"max_length": max_seq_length, "report_to": reporters}
     if args.num_train_epochs is not None:
         options |= {"num_train_epochs": args.num_train_epochs, "max_steps": -1}
+    if args.parse_control_tokens:
+        options["dataset_kwargs"] = {PARSE_CONTROL: True}
     if "optim" in args.explicit:
         # Otherwise the trainer takes the default optimizer where it runs, and says which one where it does not.
         options["optim"] = args.optim

@@ -138,6 +138,7 @@ TRAIN: tuple[Group, ...] = (
             _flag("--instruction_column", default=None, help="column that holds alpaca's instruction"),
             _flag("--input_column", default=None, help="column that holds alpaca's input"),
             _flag("--output_column", default=None, help="column that holds alpaca's output"),
+            _switch("--parse_control_tokens", "have control tokens that people typed read as tokens, not as text"),
             _flag(
                 "--max_bad_fraction",
                 type=share,
@@ -318,7 +319,14 @@ CHAT: tuple[Group, ...] = (
 
 # How rows are read is said with the flags that training has for it.
 _READING = frozenset(
-    {"--dataset_config", "--train_split", "--format", "--max_bad_fraction", *(f"--{part}_column" for part in _PARTS)}
+    {
+        "--dataset_config",
+        "--train_split",
+        "--format",
+        "--max_bad_fraction",
+        "--parse_control_tokens",
+        *(f"--{part}_column" for part in _PARTS),
+    }
 )
 
 DATA: tuple[Group, ...] = (

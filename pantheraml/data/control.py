@@ -1,4 +1,4 @@
-"""Control tokens that people type into messages stay text: the tokenizer reads only those that the template writes.
+"""Control tokens that people type stay text: the tokenizer reads only those that a template writes.
 
 A message with ``<|im_end|>`` in it would otherwise end its turn in the token ids, whatever the chat template means by
 it. In a conversation that spells a control token, what was typed is hidden behind a letter of a private-use area while
@@ -13,13 +13,15 @@ import functools
 import itertools
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
 from .markers import detect_markers
 from .pieces import text_part
 from .templates.vocabulary import can_rename, renamed
+
+Span = tuple[int, int]
 
 # The last letters of the last private-use plane: http://www.unicode.org/faq/private_use.html
 _END = 0x10FFFE
@@ -82,9 +84,31 @@ class TypedControl:
         """``value``, the description of tools for example, with a letter in place of each control token."""
         return self._hide(value, self._anyone)
 
-    def encode(self, rendered: str) -> list[int]:
-        """Token ids of the rendering of a conversation that ``hide`` returned; no special token is added."""
-        return self._backend.encode(self._written.sub(self._settle, rendered), add_special_tokens=False).ids
+    def places(self, text: str, *, reply: bool = False, own_bos: bool = False) -> list[Span]:
+        """Where ``text`` spells control tokens that stay text.
+
+        Args:
+            text: What somebody wrote, a prompt or a field of a row.
+            reply: Whether it is what the model is to write; see ``TypedControl``. Default False.
+            own_bos: Whether a beginning-of-sequence token at its start is meant. Default False.
+        """
+        pattern = self._assistant if reply else self._anyone
+        bos = self._inner.bos_token
+        start = len(bos) if bos and own_bos and text.startswith(bos) else 0
+        return [match.span() for match in pattern.finditer(text, start, self._reach(text, pattern))]
+
+    def hide_places(self, text: str, places: Iterable[Span]) -> str:
+        """``text`` with a letter in place of the control tokens at ``places``."""
+        parts, at = [], 0
+        for start, end in places:
+            parts += [self._reserved.sub(_REPLACEMENT, text[at:start]), self._hidden[text[start:end]]]
+            at = end
+        return "".join((*parts, self._reserved.sub(_REPLACEMENT, text[at:])))
+
+    def encode(self, rendered: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of what ``hide_places`` returned, or of the rendering of what ``hide`` returned."""
+        text = self._written.sub(self._settle, rendered)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_places(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
         """``encode``, and where in ``text(rendered)`` each token stands."""

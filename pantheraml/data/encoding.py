@@ -1,8 +1,8 @@
 """Training rows become token ids, a batch at a time, and it is said where in each row training begins.
 
 The token ids and labels are those that TRL's ``SFTTrainer`` makes one row at a time, with two differences: control
-tokens that people typed into messages stay text (:mod:`pantheraml.data.control`), and a text that spells the
-beginning-of-sequence token gets no second one.
+tokens that people typed stay text (:mod:`pantheraml.data.control`), and a text that spells the beginning-of-sequence
+token gets no second one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from .. import log
-from .control import control_of
+from .control import Span, control_of
 from .markers import render
 from .pieces import text_part
+from .prompts import are_rendered
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -28,6 +29,8 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attrib
 # Columns that are read; the text column's name is the user's.
 _PLAIN = {"role", "content"}
 READ = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
+# Beside a text: where it spells control tokens that stay text, as start, end, start, end, ...; null for nowhere.
+TYPED = "typed_control_tokens"
 
 
 class RefusedRowError(ValueError):
@@ -49,7 +52,7 @@ class Encoded:
     Attributes:
         ids: Token ids of each row, not cut.
         starts: For each row, how many tokens at its beginning are not trained.
-        typed: For each row, a control token that its messages spell and that stays text, or None.
+        typed: For each row, a control token that it spells and that stays text, or None.
     """
 
     ids: list[list[int]]
@@ -64,7 +67,9 @@ class Encoder:
         tokenizer: Tokenizer or processor; chats need a chat template.
         text_column: Column of texts. Default ``text``.
         completion_only: Whether only the completion is trained where there is a prompt. Default True.
-        parse_control: Whether control tokens that messages spell are read as such. Default False.
+        parse_control: Whether control tokens that people typed are read as such. Default None: only in prompts that
+            come as a template writes them, see ``begin``. In a text that comes as a whole they always are, but for
+            those that the column ``typed_control_tokens`` names.
         chat_template: Chat template; None for the tokenizer's.
     """
 
@@ -74,7 +79,7 @@ class Encoder:
         *,
         text_column: str = "text",
         completion_only: bool = True,
-        parse_control: bool = False,
+        parse_control: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -91,7 +96,8 @@ class Encoder:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         self._special = dict(self._inner.special_tokens_map)
         self._template = _compiled(tokenizer, chat_template) if has_template else None
-        self._control = control_of(tokenizer) if has_template and not parse_control else None
+        self._control = control_of(tokenizer) if not parse_control else None
+        self._prompts_are_rendered = False
 
     def _is_fast(self) -> bool:
         return isinstance(self._inner, PreTrainedTokenizerFast)
@@ -112,7 +118,7 @@ class Encoder:
 
     def reads(self, columns: Sequence[str]) -> list[str]:
         """Those of a data set's columns that are read."""
-        return [name for name in columns if name in READ or name == self.text_column]
+        return [name for name in columns if name in READ or name in (self.text_column, TYPED)]
 
     def spells_bos(self, text: Any) -> bool:
         """Whether a text begins with the beginning-of-sequence token that the tokenizer adds by itself."""
@@ -138,8 +144,8 @@ class Encoder:
         if chats is not None and not (len(chats) and isinstance(chats[0], str)):
             ids, typed = self._chats(chats, columns)
         else:
-            ids = self._texts([self._ended(text) for text in columns[self.text_column]])
-            typed = [None] * len(ids)
+            texts = [self._ended(text) for text in columns[self.text_column]]
+            ids, typed = self._typed_texts(texts, [_pairs(flat) for flat in columns.get(TYPED) or [None] * len(texts)])
         return Encoded(ids, [0] * len(ids), typed)
 
     def _with_prompt(self, columns: Columns, prompts: Sequence[Any], completions: Sequence[Any]) -> Encoded:
@@ -149,9 +155,10 @@ class Encoder:
             starts = self._chats(prompts, columns, add_generation_prompt=True)[0] if self.completion_only else []
         else:
             both = [self._ended(a + b) for a, b in zip(prompts, completions, strict=True)]
-            wholes = self._texts(both)
-            typed = [None] * len(both)
-            starts = self._texts(prompts) if self.completion_only else []
+            places = [self._places(a, b) for a, b in zip(prompts, completions, strict=True)]
+            wholes, typed = self._typed_texts(both, places)
+            within = [[pair for pair in pairs if pair[1] <= len(a)] for a, pairs in zip(prompts, places)]
+            starts = self._typed_texts(prompts, within)[0] if self.completion_only else []
         if not self.completion_only:
             return Encoded(wholes, [0] * len(wholes), typed)
         shared = [
@@ -165,6 +172,13 @@ class Encoder:
             )
         return Encoded(wholes, shared, typed)
 
+    def _places(self, prompt: str, completion: str) -> list[Span]:
+        """Where a prompt and the completion behind it spell control tokens that stay text."""
+        if self._control is None or self._prompts_are_rendered:
+            return []
+        found, count = self._control.places(prompt, own_bos=True), len(prompt)
+        return found + [(start + count, end + count) for start, end in self._control.places(completion, reply=True)]
+
     def _ended(self, text: str) -> str:
         end = self._inner.eos_token
         return text if not end or text.endswith(end) else text + end
@@ -176,6 +190,22 @@ class Encoder:
         log.once(f"texts begin with {self._inner.bos_token} already: no second one is added", key="own BOS")
         return [self._encode([text], add_special_tokens=not spells)[0] for text, spells in zip(texts, own)]
 
+    def _typed_texts(
+        self, texts: Sequence[str], places: Sequence[Sequence[Span]]
+    ) -> tuple[list[list[int]], list[str | None]]:
+        """Token ids of texts, in each of which the control tokens at ``places`` stay text, and the first such token."""
+        control = self._control
+        if control is None or not any(places):
+            return self._texts(texts), [None] * len(texts)
+        rest = iter(self._texts([text for text, own in zip(texts, places) if not own]))
+        ids = [
+            control.encode(control.hide_places(text, own), add_special_tokens=not self.spells_bos(text))
+            if own
+            else next(rest)
+            for text, own in zip(texts, places)
+        ]
+        return ids, [text[slice(*own[0])] if own else None for text, own in zip(texts, places)]
+
     def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
@@ -184,8 +214,16 @@ class Encoder:
         # Where each token stands in its text is not needed.
         return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
-    def begin(self) -> None:
-        """Undo the truncation and padding that the last call of the tokenizer may have left."""
+    def begin(self, prompts: Sequence[Any] = ()) -> None:
+        """Undo the truncation and padding that the last call of the tokenizer may have left, and look at some prompts.
+
+        Args:
+            prompts: The first prompts of the data set, where it has any.
+        """
+        if prompts and self.parse_control is None and all(isinstance(prompt, str) for prompt in prompts):
+            self._prompts_are_rendered = are_rendered(prompts, self.tokenizer)
+            if self._prompts_are_rendered:
+                log.info("prompts come with the control tokens of a template, which are read as such")
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -267,6 +305,10 @@ def _rendered(template: Any, chats: Sequence[Any], values: Mapping[str, Any]) ->
 
 def _is_plain(message: Any) -> bool:
     return message.keys() == _PLAIN and type(message["content"]) is str
+
+
+def _pairs(flat: Sequence[int] | None) -> list[Span]:
+    return list(zip(flat[::2], flat[1::2])) if flat else []
 
 
 def _has_extras(columns: Columns) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -15,6 +17,8 @@ from datasets import Dataset, Features
 from ..errors import ConfigError, DataError
 from . import chats
 from .chats import BadRowError
+from .control import TypedControl, control_of
+from .encoding import TYPED
 from .rows import Rejections, Row, type_name
 from .stored import stored
 
@@ -88,8 +92,16 @@ class Format:
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """Return the Alpaca prompt up to and including ``### Response:`` and its newline."""
-    template = _ALPACA_WITH_INPUT if input else _ALPACA
-    return template.format(instruction=instruction, input=input)
+    return "".join(part for part, _ in _alpaca_parts(instruction, input))
+
+
+def _alpaca_parts(instruction: str, input: str) -> Iterator[tuple[str, bool]]:
+    """The stretches of the prompt, and whether each is a field of the row."""
+    values = {"instruction": instruction, "input": input}
+    for written, name, _, _ in string.Formatter().parse(_ALPACA_WITH_INPUT if input else _ALPACA):
+        yield written, False
+        if name is not None:
+            yield values[name], True
 
 
 def detect(dataset: Dataset, *, overrides: Mapping[str, str | None] | None = None, where: str = "data set") -> Format:
@@ -368,7 +380,8 @@ def to_training_rows(dataset: Dataset, format: Format, tokenizer: Any) -> Datase
         tokenizer: Tokenizer or processor of the model; its end-of-sequence token ends alpaca and raw text rows.
 
     Returns:
-        A data set with the column ``text``, or ``prompt`` and ``completion``, or ``messages``.
+        A data set with the column ``text``, or ``prompt`` and ``completion``, or ``messages``. Where fields of alpaca
+        rows spell control tokens, ``typed_control_tokens`` says where, so that they stay text.
 
     Raises:
         DataError: a row is bad, or the data needs a chat template and ``tokenizer`` has none.
@@ -397,8 +410,19 @@ def render(checked: Dataset, kind: Kind, tokenizer: Any) -> Dataset:
     if kind == "text":
         tables = cast("Iterator[pa.Table]", checked.with_format("arrow", columns=["text"]).iter(batch_size=_BATCH))
         return stored((pa.table({"text": _ended(table.column("text"), end)}) for table in tables), "Rendering rows")
-    texts = (alpaca_prompt(row["instruction"], row["input"]) + row["output"] for row in _rows(checked))
-    return _rebuild(({"text": text if text.endswith(end) else text + end} for text in texts), "Rendering rows")
+    rows = map(functools.partial(_alpaca_text, control=control_of(tokenizer), end=end), _rows(checked))
+    return _rebuild(rows, "Rendering rows")
+
+
+def _alpaca_text(row: Row, control: TypedControl, end: str) -> Row:
+    """The text of a row, and where its fields spell control tokens."""
+    text, places = "", list[int]()
+    for part, is_field in (*_alpaca_parts(row["instruction"], row["input"]), (row["output"], True)):
+        if is_field:
+            found = control.places(part, reply=part is row["output"])
+            places += (len(text) + place for span in found for place in span)
+        text += part
+    return {"text": text if text.endswith(end) else text + end} | ({TYPED: places} if places else {})
 
 
 def _ended(texts: pa.ChunkedArray, end: str) -> pa.ChunkedArray:

@@ -48,7 +48,7 @@ BATCH_BYTES = 1024**2
 CACHED_BYTES = MEMORY_BYTES
 _STREAM_ROWS = 100
 # Goes up when the same settings give other token ids or labels.
-_FORMAT = 1
+_FORMAT = 2
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "trained": pa.bool_()})
 
 
@@ -75,7 +75,7 @@ class Counts:
         rows: How many.
         dropped: Those without a trained token.
         cut: Those longer than the longest row.
-        typed: Those whose messages spell control tokens, which stay text.
+        typed: Those that spell control tokens, which stay text.
         first: The number of the first of these, from 1, and ``token``, what it spells.
         token: See ``first``.
     """
@@ -156,7 +156,8 @@ def prepare(
 
 def prepare_stream(dataset: IterableDataset, encoder: Encoder, cut: Cut) -> IterableDataset:
     """Add the columns ``input_ids`` and ``labels`` to a stream; see ``prepare``. Rows are dropped as they come."""
-    encoder.begin()
+    first: Any = next(iter(dataset), {})
+    encoder.begin([row["prompt"] for row in dataset.take(BATCH_ROWS)] if isinstance(first.get("prompt"), str) else ())
 
     def columns(rows: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
         made = _columns(_encoded(encoder, rows, 0), cut)
@@ -172,9 +173,9 @@ def _is_trained(row: Mapping[str, Any]) -> bool:
 
 def _made(dataset: Dataset, encoder: Encoder, cut: Cut, sink: Any, *, workers: int, description: str) -> Counts:
     """Write the columns of all rows to ``sink`` in the Arrow stream format."""
-    encoder.begin()
-    counts = Counts()
     rows = cast("Dataset", dataset.select_columns(encoder.reads(dataset.column_names)))
+    encoder.begin(rows[:BATCH_ROWS].get("prompt", ()))
+    counts = Counts()
     with (
         pa.ipc.new_stream(sink, _SCHEMA) as writer,
         tqdm(total=len(dataset), desc=description, unit=" rows") as bar,

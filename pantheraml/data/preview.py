@@ -20,6 +20,7 @@ from .encoding import Encoded, Encoder, RefusedRowError
 from .formats import Kind
 from .masking import IGNORED, response_masker
 from .pieces import Pieces, pieces_of, text_part, unmarked
+from .prepare import BATCH_ROWS
 from .responses import Labeller
 
 _BINS = 10
@@ -76,8 +77,8 @@ class Preview:
         truncated: Rows longer than ``max_length``.
         empty: Rows without a trained token; ``cut_off`` counts those that had one before they were cut.
         cut_off: See ``empty``.
-        control: Rows whose content spells a special token: in messages it stays text, in texts the tokenizer reads it
-            as that token. None where texts come with their special tokens.
+        control: Rows that spell special tokens which stay text, for somebody typed them.
+        read: Rows that come as a whole text and spell special tokens, which the tokenizer reads as such.
         double_bos: Rows that begin with two beginning-of-sequence tokens.
         tokens: Tokens of the trained rows after cutting.
         supervised: Those of them that are trained.
@@ -90,7 +91,8 @@ class Preview:
     truncated: Finding = field(default_factory=Finding)
     empty: Finding = field(default_factory=Finding)
     cut_off: int = 0
-    control: Finding | None = None
+    control: Finding = field(default_factory=Finding)
+    read: Finding = field(default_factory=Finding)
     double_bos: Finding = field(default_factory=Finding)
     tokens: int = 0
     supervised: int = 0
@@ -173,19 +175,10 @@ def segments(ids: Sequence[int], labels: Sequence[int], pieces: Pieces) -> list[
     return found
 
 
-def _is_chat(row: Mapping[str, Any]) -> bool:
-    return "messages" in row or isinstance(row.get("prompt"), list)
-
-
-def _spelt(row: Mapping[str, Any], tokens: Sequence[str], tokenizer: Any) -> str | None:
-    """The first special token that a row's texts spell; a BOS at their start and an EOS at their end are meant."""
-    for value in row.values():
-        if isinstance(value, str):
-            text = value.strip().removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
-            found = next((token for token in tokens if token in text), None)
-            if found is not None:
-                return found
-    return None
+def _spelt(text: str, tokens: Sequence[str], tokenizer: Any) -> str | None:
+    """The first special token that a text spells; a BOS at its start and an EOS at its end are not counted."""
+    text = text.strip().removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
+    return next((token for token in tokens if token in text), None)
 
 
 def _batches(dataset: Dataset) -> Iterator[tuple[dict[str, list[Any]], list[dict[str, Any]]]]:
@@ -203,6 +196,7 @@ def look(
     max_length: int,
     responses_only: bool = False,
     packing: bool = False,
+    parse_control: bool | None = None,
     shown: int = 3,
     origin: Callable[[int], str] = lambda index: f"row {index + 1}",
 ) -> Preview:
@@ -218,6 +212,7 @@ def look(
         max_length: Longest sequence in tokens; the rest of a row is cut off.
         responses_only: Whether only replies are trained.
         packing: Whether rows are packed, so that rows without a trained token are not dropped.
+        parse_control: Whether control tokens that people typed are read as such. Default None, see ``Encoder``.
         shown: Number of rows that are kept as examples.
         origin: Names the place of a row, given its index.
 
@@ -230,18 +225,18 @@ def look(
     """
     chunks = "input_ids" in checked.column_names
     training = checked if chunks else formats.render(checked, kind, tokenizer)
-    encode, pieces, inner = Encoder(tokenizer), pieces_of(tokenizer), text_part(tokenizer)
-    encode.begin()
+    encode, pieces, inner = Encoder(tokenizer, parse_control=parse_control), pieces_of(tokenizer), text_part(tokenizer)
+    encode.begin(training[:BATCH_ROWS].get("prompt", ()))
     label = Labeller(response_masker(tokenizer), tokenizer) if responses_only else None
     controls = control_tokens(tokenizer)
-    preview = Preview(max_length, control=None if kind == "text" else Finding())
+    preview = Preview(max_length)
     kept = array("Q")
 
     def labelled(row: Mapping[str, Any], ids: list[int], labels: list[int]) -> list[int]:
         return label({**row, "input_ids": ids, "labels": labels})["labels"] if label else labels
 
     index = -1
-    for (_, written), (columns, rows) in zip(_batches(checked), _batches(training), strict=True):
+    for columns, rows in _batches(training):
         try:
             encoded = Encoded(columns["input_ids"], [0] * len(rows), [None] * len(rows)) if chunks else encode(columns)
         except RefusedRowError as error:
@@ -251,7 +246,7 @@ def look(
                 why=str(error),
                 hint="mend or drop the row",
             ) from error
-        for row, source, ids, start, typed in zip(rows, written, encoded.ids, encoded.starts, encoded.typed):
+        for row, ids, start, typed in zip(rows, encoded.ids, encoded.starts, encoded.typed):
             index += 1
             place = origin(index)
             every = [IGNORED] * start + ids[start:]
@@ -270,10 +265,13 @@ def look(
                 preview.supervised += trained
             if inner.bos_token_id is not None and ids[:2] == [inner.bos_token_id] * 2:
                 preview.double_bos.add(place)
-            if preview.control is not None:
-                found = typed or (None if _is_chat(row) else _spelt(source, controls, inner))
-                if found is not None:
-                    preview.control.add(place, found)
+            if typed is not None:
+                preview.control.add(place, typed)
+            else:
+                texts = [row[name] for name in ("text", "prompt", "completion") if isinstance(row.get(name), str)]
+                spelt = _spelt("".join(texts), controls, inner)
+                if spelt is not None:
+                    preview.read.add(place, spelt)
             if index < shown:
                 runs = segments(cut_ids, labels, pieces)
                 preview.examples.append(Example(place, len(ids), len(ids) - len(cut_ids), runs))

@@ -17,7 +17,7 @@ from .. import log
 from ..data.encoding import Encoder
 from ..data.prepare import Counts, Cut, prepare, prepare_stream
 
-# A key of ``SFTConfig.dataset_kwargs``: read control tokens that messages spell as such.
+# A key of ``SFTConfig.dataset_kwargs``: whether control tokens that people typed are read as such.
 PARSE_CONTROL = "parse_control_tokens"
 _PARAMETERS = ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
 
@@ -41,7 +41,7 @@ def install(trainer: Any) -> None:
             processing_class,
             text_column=args.dataset_text_field,
             completion_only=bool(trainer.completion_only_loss),
-            parse_control=bool((args.dataset_kwargs or {}).get(PARSE_CONTROL)),
+            parse_control=(args.dataset_kwargs or {}).get(PARSE_CONTROL),
             chat_template=getattr(trainer, "chat_template", None),
         )
         return _prepared(dataset, encoder, args, packing, dataset_name)
@@ -104,7 +104,7 @@ def _tell(counts: Counts, name: str) -> None:
         )
     if counts.typed:
         log.info(
-            f"{name}: the messages of {counts.typed:,} of {counts.rows:,} rows spell control tokens (the first is row "
-            f"{counts.first} with {counts.token!r}). They stay text; dataset_kwargs={{{PARSE_CONTROL!r}: True}} has "
-            "them read as tokens"
+            f"{name}: {counts.typed:,} of {counts.rows:,} rows spell control tokens (the first is row {counts.first} "
+            f"with {counts.token!r}). They stay text; dataset_kwargs={{{PARSE_CONTROL!r}: True}} has them read as "
+            "tokens"
         )

@@ -84,6 +84,22 @@ def test_json_record(tmp_path, tokenizer_dir, capsys):
         assert [part["text"] for part in example["segments"] if part["trained"]] == ["general greetings</s>"]
 
 
+def test_control_tokens_are_told_by_what_becomes_of_them(tmp_path, tokenizer_dir, capsys):
+    typed = written(tmp_path / "typed.jsonl", [{"instruction": "say </s> now", "output": "no"}])
+    assert preview(typed, tokenizer_dir) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"control tokens typed 1 of 1 (100.0%), first: {typed}:1 '</s>'" in out
+    assert "they stay text" in out
+    assert preview(typed, tokenizer_dir, "--parse_control_tokens", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["control_tokens"]["rows"], record["control_tokens_read"]["rows"]) == (0, 1)
+    rendered = written(tmp_path / "rendered.jsonl", [{"text": "<|user|>\nhi</s>\n<|assistant|>\nyes</s>"}])
+    assert preview(rendered, tokenizer_dir) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "control tokens in texts 1 of 1" in out
+    assert "they are read as tokens" in out
+
+
 def test_running_text_is_cut_into_chunks(tmp_path, tokenizer_dir, capsys):
     path = tmp_path / "book.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)

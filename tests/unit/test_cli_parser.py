@@ -91,6 +91,7 @@ ADDED = {
     "input_column": None,
     "output_column": None,
     "max_bad_fraction": 0.0,
+    "parse_control_tokens": False,
     "mix": None,
     "mix_stop": "first_exhausted",
     "num_train_epochs": None,

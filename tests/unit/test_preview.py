@@ -153,9 +153,25 @@ def test_rows_that_are_cut_and_lose_their_replies_are_counted(tiny_tokenizer):
     ids=["chat", "parts", "alpaca", "ends that are meant", "completion"],
 )
 def test_control_tokens_in_contents_are_found(row, expected, tiny_tokenizer):
-    control = seen([row], tiny_tokenizer).control
-    assert control is not None
-    assert (control.rows, control.detail) == ((1, expected) if expected else (0, None))
+    preview = seen([row], tiny_tokenizer)
+    assert (preview.control.rows, preview.control.detail) == ((1, expected) if expected else (0, None))
+    assert preview.read.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"text": "<s><|user|>\nhi</s>"}, "<|user|>"),
+        ({"text": "<s>hi</s>"}, None),
+        ({"prompt": "<|user|>\nhi</s>\n<|assistant|>\n", "completion": "x"}, "<|assistant|>"),
+    ],
+    ids=["text", "ends", "rendered prompt"],
+)
+def test_control_tokens_that_are_read_are_told_apart(row, detail, tiny_tokenizer):
+    preview = seen([row], tiny_tokenizer)
+    assert preview.control.rows == 0
+    assert (preview.read.rows, preview.read.detail) == ((1, detail) if detail else (0, None))
+    assert seen([{"prompt": "a </s> b", "completion": "x"}], tiny_tokenizer, parse_control=True).control.rows == 0
 
 
 def test_control_tokens_that_the_tokenizer_leaves_as_text_are_none(tiny_tokenizer):

@@ -85,6 +85,7 @@ def _look(args: argparse.Namespace, output: Output) -> Preview:
         max_length=max_length,
         responses_only=args.responses_only,
         packing=args.packing,
+        parse_control=args.parse_control_tokens or None,
         shown=args.rows,
         **options,
     )
@@ -140,10 +141,11 @@ def _show(preview: Preview, output: Output, *, packing: bool) -> None:
         ),
     ]
     findings = (
-        ("control tokens typed", preview.control, "in messages they stay text, in texts they are read as tokens"),
+        ("control tokens typed", preview.control, "they stay text; --parse_control_tokens has them read as tokens"),
+        ("control tokens in texts", preview.read, "they are read as tokens: a text has those of its template"),
         ("begin with two BOS", preview.double_bos, "a model is not used to it"),
     )
-    told = [(name, finding, why) for name, finding, why in findings if finding is not None and finding.rows]
+    told = [(name, finding, why) for name, finding, why in findings if finding.rows]
     facts += [(name, _percent(finding.rows, rows) + _first(finding)) for name, finding, _ in told]
     output.say()
     output.table(facts)
@@ -179,7 +181,8 @@ def _note(preview: Preview, output: Output, *, packing: bool) -> None:
             "share": preview.supervised / preview.tokens if preview.tokens else 0.0,
         },
         packing={"enabled": packing, "sequences": preview.sequences, "efficiency": preview.efficiency},
-        control_tokens=dataclasses.asdict(preview.control) if preview.control is not None else None,
+        control_tokens=dataclasses.asdict(preview.control),
+        control_tokens_read=dataclasses.asdict(preview.read),
         double_bos=dataclasses.asdict(preview.double_bos),
         examples=[
             {
