@@ -4,10 +4,11 @@ Keeping a layer's activations costs memory, recomputing them costs time. The aut
 a new size keeps the least, and its peak tells what is left of the stated share of the free memory. From the next step
 on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Where all
 that is worth keeping takes more than half of it, the second step spends half, and by what that really took, losses
-between blocks included, the steps after it spend the rest. Layers that
-run as one node (``layers.block``) can be kept in parts, at costs that follow from their shapes; others are kept or
-recomputed as a whole, at a cost that the first step measures. Where the device does not report its memory (a CPU),
-everything is kept; an XLA device, whose compiler lays out the memory of a step before it runs, recomputes every layer.
+between blocks included, the steps after it spend what is left. Layers that run as one node (``layers.block``) can be
+kept in parts, on the device or, inputs and attention's results, on the host, at costs that follow from their shapes;
+others are kept or recomputed as a whole, at a cost that the first step measures. Where the device does not report its
+memory (a CPU), everything is kept; an XLA device, whose compiler lays out a step's memory before it runs, recomputes
+every layer.
 
 Works through the seam that transformers gives every ``GradientCheckpointingLayer``: the function that runs a layer
 under checkpointing is ours, per instance. Recomputation is the non-reentrant kind, which DDP needs, except on XLA.
@@ -29,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from .. import log, xla_runtime
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
-from .host_memory import HostStash, OffloadSaved
-from .layers.block import Keep
+from .host_memory import HostStash, OffloadSaved, available_bytes
+from .layers.block import Keep, Level, Offload
 from .layers.decoder import Cost, costs_of, is_node
 
 Mode = Literal["auto", "recompute", "offload", "keep"]
@@ -45,20 +46,27 @@ MODES: dict[bool | str | None, Mode] = {
     False: "keep",
     None: "keep",
 }
-# The level of every layer in the modes that do not plan.
-_FIXED = {"recompute": Keep.INPUT, "offload": Keep.HOST, "keep": Keep.ALL}
+INPUT, HOST, ALL = Level(Keep.INPUT), Level(Keep.INPUT, host=True), Level(Keep.ALL)
+# The least of every layer in the modes that do not measure; offloading moves more where that saves time.
+_FIXED = {"recompute": INPUT, "offload": HOST, "keep": ALL}
 # Share of what is kept that the allocator loses between blocks, and that parts of a step hold for a moment.
 _SLACK = 0.06
-# Share of the memory that the step spends which shows what spending costs.
+# Share of the memory that the step spends which shows what spending costs, and how often what is left is spent then.
 _TRIAL = 0.5
+_ROUNDS = 4
 # While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
 _WORKING_LAYERS = 2.5
+# Layers whose tensors are on the device although they wait on the host: on their way there, in use, coming back.
+_UNDERWAY = 3
 _DESCRIPTIONS = {
-    Keep.ALL: "kept",
-    Keep.RESIDUAL: "kept but for the MLP's inner part",
-    Keep.ATTENTION: "recomputed around attention's kept result",
-    Keep.INPUT: "recomputed",
-    Keep.HOST: "recomputed from inputs held in host memory",
+    ALL: "kept",
+    Level(Keep.ALL, host=True): "kept, inputs and attention's results in host memory",
+    Level(Keep.RESIDUAL): "kept but for the MLP's inner part",
+    Level(Keep.RESIDUAL, host=True): "kept but for the MLP's inner part, inputs and attention's results in host memory",
+    Level(Keep.ATTENTION): "recomputed around attention's kept result",
+    Level(Keep.ATTENTION, host=True): "recomputed around inputs and attention's results held in host memory",
+    INPUT: "recomputed",
+    HOST: "recomputed from inputs held in host memory",
 }
 
 
@@ -100,34 +108,40 @@ def read_memory(device: torch.device) -> Memory | None:
     return Memory(allocated, backend.max_memory_allocated(device), free + reserved - allocated, reserved)
 
 
-def upgrades(costs: dict[Keep, Cost]) -> list[tuple[Keep, int, float]]:
+def _least(costs: dict[Level, Cost]) -> Level:
+    """The level that holds the least on the device, and of those the fastest."""
+    return min(costs, key=lambda level: (costs[level].bytes, costs[level].seconds))
+
+
+def upgrades(costs: dict[Level, Cost]) -> list[tuple[Level, int, float]]:
     """The levels worth keeping at, each with the bytes and seconds beyond the one before, the best byte first.
 
-    Levels that save less time a byte than a higher one does are passed over, so that the gain a byte only falls.
+    Levels that save less time a byte than a larger one does are passed over, so that the gain a byte only falls.
     """
-    chosen: list[tuple[Keep, int, float]] = []
-    level = min(costs)
+    chosen: list[tuple[Level, int, float]] = []
+    level = _least(costs)
     while True:
         here = costs[level]
-        ahead = [(k, c.bytes - here.bytes, here.seconds - c.seconds) for k, c in costs.items() if k > level]
+        ahead = [(k, c.bytes - here.bytes, here.seconds - c.seconds) for k, c in costs.items() if c.bytes > here.bytes]
         ahead = [(k, more, gain) for k, more, gain in ahead if gain > 0]
         if not ahead:
             return chosen
-        best = max(ahead, key=lambda entry: (entry[2] / max(entry[1], 1), entry[0]))
+        best = max(ahead, key=lambda entry: (entry[2] / entry[1], entry[1]))
         chosen.append(best)
         level = best[0]
 
 
-def allot(costs: Sequence[dict[Keep, Cost]], budget: int) -> list[Keep]:
-    """Choose each layer's level so that ``budget`` bytes beyond the lowest levels save the most time.
+def allot(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
+    """Choose each layer's level so that ``budget`` bytes in all save the most time.
 
     Args:
         costs: Of each layer in forward order, what the levels it can be kept at hold and take.
-        budget: Bytes to spend.
+        budget: Bytes of the device to spend; what the least levels hold is spent in any case.
     """
-    levels = [min(c) for c in costs]
+    levels = [_least(c) for c in costs]
+    budget -= _spent(costs, levels)
     steps = [
-        (-gain / max(more, 1), order, -index, index, level, more)
+        (-gain / more, order, -index, index, level, more)
         for index, c in enumerate(costs)
         for order, (level, more, gain) in enumerate(upgrades(c))
     ]
@@ -143,9 +157,16 @@ def allot(costs: Sequence[dict[Keep, Cost]], budget: int) -> list[Keep]:
     return levels
 
 
-def _spent(costs: Sequence[dict[Keep, Cost]], levels: Sequence[Keep]) -> int:
-    """Bytes that layers hold at ``levels`` beyond the lowest ones."""
-    return sum(c[level].bytes - c[min(c)].bytes for c, level in zip(costs, levels))
+def _spent(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
+    """Bytes of the device that layers hold at ``levels``."""
+    return sum(c[level].bytes for c, level in zip(costs, levels))
+
+
+def _with_room(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
+    """``allot``, where the tensors that are on their way to the host and back find room too."""
+    levels = allot(costs, budget)
+    underway = max((c[level].host_bytes for c, level in zip(costs, levels)), default=0)
+    return allot(costs, budget - _UNDERWAY * underway) if underway else levels
 
 
 @dataclass
@@ -159,8 +180,10 @@ class _Measured:
         peak: Peak bytes of a step at the lowest levels, with what the allocator loses between blocks, or None while
             that step is still running.
         whole: Bytes that one kept layer adds, as the last layer of the first step showed; 0 while unknown.
-        tried: Bytes that the trial step was to keep beyond the lowest levels; 0 before it.
-        factor: Bytes that were reserved for each byte to be kept, at least 1, or None while no trial has shown it.
+        budget: Bytes to keep beyond the lowest levels; None while it is unknown.
+        trying: Bytes beyond them that the step keeps whose memory will be read, and its tokens; None when none will be.
+        rounds: Steps whose memory was read.
+        factor: Bytes that were reserved for each byte to be kept, as those steps showed; at least 1.
     """
 
     tokens: int
@@ -168,13 +191,15 @@ class _Measured:
     limit: int
     peak: int | None = None
     whole: int = 0
-    tried: int = 0
-    factor: float | None = None
+    budget: int | None = None
+    trying: tuple[int, int] | None = None
+    rounds: int = 0
+    factor: float = 1.0
 
     @property
     def unfinished(self) -> bool:
-        """Whether a step is running whose memory will be read."""
-        return self.peak is None or (self.tried > 0 and self.factor is None)
+        """Whether nothing shows yet what may be kept."""
+        return self.peak is None or (self.trying is not None and self.rounds == 0)
 
 
 @dataclass
@@ -183,9 +208,9 @@ class _Group:
 
     indices: list[int] = field(default_factory=list)
     measured: _Measured | None = None
-    lowest: dict[int, Keep] = field(default_factory=dict)
+    lowest: dict[int, Level] = field(default_factory=dict)
     # (tokens, sequence length) -> levels
-    allotted: dict[tuple[int, int], list[Keep]] = field(default_factory=dict)
+    allotted: dict[tuple[int, int], list[Level]] = field(default_factory=dict)
 
 
 class ActivationPlan:
@@ -197,6 +222,7 @@ class ActivationPlan:
         fraction: Share of the free device memory that the automatic mode may fill, over 0 and at most 1.
         memory: Reads the allocator of a device; replaced in tests.
         costs: What a layer's levels hold and take; None for a layer that is kept whole or not at all.
+        host_memory: Reads how many bytes of the host may be used.
     """
 
     def __init__(
@@ -206,7 +232,8 @@ class ActivationPlan:
         *,
         fraction: float = 0.9,
         memory: Callable[[torch.device], Memory | None] = read_memory,
-        costs: Callable[[nn.Module, int, int], dict[Keep, Cost] | None] = costs_of,
+        costs: Callable[[nn.Module, int, int], dict[Level, Cost] | None] = costs_of,
+        host_memory: Callable[[], int] = available_bytes,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(
@@ -215,12 +242,15 @@ class ActivationPlan:
             )
         self.mode = mode
         self.fraction = fraction
-        self.levels: list[Keep] = [_FIXED.get(mode, Keep.INPUT) for _ in layers]
+        self.levels: list[Level] = [_FIXED.get(mode, INPUT) for _ in layers]
         self._on_xla = get_device().type == "xla"
         self._layers = list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
         self._memory = memory
         self._costs = costs
+        self._host_memory = host_memory
+        self._host_bytes: int | None = None
+        self._offloaded: dict[tuple[int, int], list[Level]] = {}
         self._groups: dict[torch.device, _Group] | None = None
         self._measuring: int | None = None
         self._told: str | None = None
@@ -229,12 +259,12 @@ class ActivationPlan:
     @property
     def kept(self) -> int:
         """How many layers are kept whole."""
-        return sum(level == Keep.ALL for level in self.levels)
+        return sum(level.keep == Keep.ALL for level in self.levels)
 
-    def keep(self, layer: nn.Module, hidden: torch.Tensor) -> tuple[Keep, Callable[..., Any] | None]:
-        """What a layer that runs as one node keeps, and what moves a tensor to the host and back."""
+    def keep(self, layer: nn.Module, hidden: torch.Tensor) -> tuple[Keep, Offload | None]:
+        """What a layer that runs as one node keeps, and what moves tensors to the host and back."""
         level = self._level(layer, hidden)
-        return level, self._stash.put if level == Keep.HOST and hidden.is_cuda else None
+        return level.keep, self._stash.put if level.host and hidden.is_cuda else None
 
     def run(self, function: functools.partial[Any], *args: Any) -> Any:
         """Run one layer: what ``GradientCheckpointingLayer`` calls with its own forward, all keywords bound."""
@@ -244,14 +274,14 @@ class ActivationPlan:
         owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
         hidden = args[0] if args else function.keywords.get("hidden_states")
         if not isinstance(hidden, torch.Tensor) or id(owner) not in self._index:
-            return self._recompute(Keep.INPUT, function, *args)
+            return self._recompute(INPUT, function, *args)
         if not function.args and isinstance(owner, nn.Module) and is_node(owner):
             # A call of the whole layer: its forward asks for the level itself.
             return function(*args)
         level = self._level(owner, hidden)
         if self._measuring == self._index[id(owner)]:
             return self._measure(function, hidden, *args)
-        return function(*args) if level == Keep.ALL else self._recompute(level, function, *args)
+        return function(*args) if level.keep == Keep.ALL else self._recompute(level, function, *args)
 
     def shrink(self) -> None:
         """After an allocation failed: keep the least from now on, until a new size is measured."""
@@ -259,15 +289,16 @@ class ActivationPlan:
         for group in (self._groups or {}).values():
             group.allotted.clear()
             if group.measured is not None:
-                group.measured.peak = group.measured.limit
-        self.levels = [min(level, Keep.HOST if self._layers_on_gpu() else Keep.INPUT) for level in self.levels]
+                group.measured.peak, group.measured.budget = group.measured.limit, 0
+                group.measured.rounds, group.measured.trying = _ROUNDS, None
+        self.levels = [HOST if self._layers_on_gpu() else INPUT for _ in self.levels]
         log.warning("activations: the device ran out of memory; from here on every layer is recomputed")
 
     def describe(self) -> str:
         """Say in one line what the plan does now."""
         layers = len(self.levels)
-        if self.mode != "auto":
-            return f"activations of all {layers} layers are {_DESCRIPTIONS[_FIXED[self.mode]]}"
+        if self.mode != "auto" and len(set(self.levels)) <= 1:
+            return f"activations of all {layers} layers are {_DESCRIPTIONS[(*self.levels, _FIXED[self.mode])[0]]}"
         if self._groups is None:
             return f"activations: measuring, all {layers} layers are recomputed until then"
         measured = [g.measured for g in self._groups.values() if g.measured is not None]
@@ -282,11 +313,31 @@ class ActivationPlan:
 
     # ------------------------------------------------------------ planning
 
-    def _level(self, layer: Any, hidden: torch.Tensor) -> Keep:
+    def _level(self, layer: Any, hidden: torch.Tensor) -> Level:
         index = self._index[id(layer)]
         if index == 0 and self.mode == "auto":
             self._begin(hidden)
+        if index == 0 and self.mode == "offload" and hidden.is_cuda:
+            size = hidden.numel() // hidden.shape[-1], hidden.shape[-2]
+            if size not in self._offloaded:
+                self._offloaded[size] = [self._moved(layer, *size) for layer in self._layers]
+                # Its backward comes first, before anything could have been fetched.
+                self._offloaded[size][-1] = self._offloaded[size][-1]._replace(host=False)
+            self.levels[:] = self._offloaded[size]
         return self.levels[index]
+
+    def _moved(self, layer: nn.Module, tokens: int, length: int) -> Level:
+        """What of a layer waits on the host when all do: attention's result too where that saves time."""
+        costs = self._costs(layer, tokens, length) or {}
+        offered = {level: c for level, c in self._on_host(costs).items() if level.host and c.bytes == 0}
+        return _least(offered) if offered else HOST
+
+    def _on_host(self, costs: dict[Level, Cost]) -> dict[Level, Cost]:
+        """The levels that the host has memory for if all layers are kept so; the input alone is its last resort."""
+        if self._host_bytes is None:
+            self._host_bytes = self._host_memory()
+        room = self._host_bytes // max(len(self._layers), 1)
+        return {level: cost for level, cost in costs.items() if level == HOST or cost.host_bytes <= room}
 
     def _begin(self, hidden: torch.Tensor) -> None:
         """Start a forward: finish the measurement of the last step, and choose the levels of this one."""
@@ -303,11 +354,11 @@ class ActivationPlan:
             if memory is None:
                 # A CPU trains out of host memory, which is large and shared with the page cache: nothing to plan for.
                 for index in group.indices:
-                    self.levels[index] = Keep.ALL
+                    self.levels[index] = ALL
                 continue
             self._plan(group, memory, hidden, tokens, length)
         planned = [g.measured for g in self._groups.values() if g.measured is not None]
-        if planned and not any(m.unfinished for m in planned):
+        if planned and not any(m.unfinished or m.trying for m in planned):
             told = self.describe()
             if told != self._told:
                 self._told = told
@@ -325,31 +376,63 @@ class ActivationPlan:
             self._start(group, memory, hidden, tokens, length)
             return
         assert measured.peak is not None
-        if measured.tried and measured.factor is None:
-            measured.factor = max(1.0, (memory.reserved - measured.peak) / measured.tried)
+        if measured.trying is not None:
+            self._read(measured, memory)
             group.allotted.clear()
         size = tokens, length
         if size not in group.allotted:
-            costs = [self._offered(index, group, tokens, length) for index in group.indices]
-            budget = int((1 - _SLACK) * (measured.limit - measured.peak) / (measured.factor or 1.0))
-            if measured.factor is None and budget > 0 and _spent(costs, [max(c) for c in costs]) > _TRIAL * budget:
-                budget = int(_TRIAL * budget)
-                measured.tried = _spent(costs, allot(costs, budget))
-                self._free_cached()
-            group.allotted[size] = allot(costs, budget)
+            group.allotted[size] = self._allot(group, measured, tokens, length)
         for index, level in zip(group.indices, group.allotted[size]):
             self.levels[index] = level
 
-    def _offered(self, index: int, group: _Group, tokens: int, length: int) -> dict[Keep, Cost]:
-        """The levels of a layer from its lowest on; a layer that is no node is kept whole or not at all."""
-        lowest = group.lowest.get(index, Keep.INPUT)
+    @staticmethod
+    def _read(measured: _Measured, memory: Memory) -> None:
+        """What may be kept after the step that kept ``trying``."""
+        assert measured.peak is not None
+        assert measured.trying is not None
+        kept, tokens = measured.trying
+        measured.factor = max(measured.factor, (memory.reserved - measured.peak) / kept)
+        if tokens == measured.tokens:
+            left = measured.limit - memory.reserved
+            measured.budget = kept + int((1 - _SLACK) * left / measured.factor)
+            measured.rounds += 1
+        else:
+            # A smaller step shows what a byte takes, not what the largest leaves.
+            measured.budget = int((1 - _SLACK) * (measured.limit - measured.peak) / measured.factor)
+            measured.rounds = _ROUNDS
+
+    def _allot(self, group: _Group, measured: _Measured, tokens: int, length: int) -> list[Level]:
+        assert measured.peak is not None
+        costs = [self._offered(index, group, tokens, length) for index in group.indices]
+        # The measured peak has this of what the layers hold.
+        held = _spent(costs, [group.lowest.get(index, INPUT) for index in group.indices])
+        if measured.budget is None:
+            measured.budget = int((1 - _SLACK) * (measured.limit - measured.peak))
+            trial = int(_TRIAL * measured.budget)
+            needed = _spent(costs, [ALL] * len(costs)) - held
+            if trial > 0 and needed > trial and _spent(costs, _with_room(costs, held + trial)) > held:
+                measured.budget = trial
+            else:
+                measured.rounds = _ROUNDS
+        levels = _with_room(costs, held + measured.budget)
+        kept, tried = _spent(costs, levels) - held, measured.trying
+        measured.trying = None
+        if measured.rounds < _ROUNDS and kept > (tried[0] if tried is not None else 0):
+            measured.trying = kept, tokens
+            # What is reserved at its end shall be of this step alone.
+            self._free_cached()
+        return levels
+
+    def _offered(self, index: int, group: _Group, tokens: int, length: int) -> dict[Level, Cost]:
+        """The levels of a layer; a layer that is no node is kept whole or not at all."""
         costs = self._costs(self._layers[index], tokens, length)
-        if costs is None:
-            measured = group.measured
-            assert measured is not None
-            whole = max(measured.whole, 1) * tokens // measured.tokens
-            costs = {lowest: Cost(0, 1.0), Keep.ALL: Cost(whole, 0.0)} if measured.whole else {lowest: Cost(0, 1.0)}
-        return {level: cost for level, cost in costs.items() if level >= lowest}
+        if costs is not None:
+            return self._on_host(costs)
+        measured = group.measured
+        assert measured is not None
+        whole = measured.whole * tokens // measured.tokens
+        # A layer whose size nobody measured stays as it is.
+        return {group.lowest.get(index, INPUT): Cost(0, 1.0), ALL: Cost(whole, 0.0 if measured.whole else 2.0)}
 
     def _start(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
         """The levels of the step that measures: inputs only, and those on the host that would not fit."""
@@ -357,11 +440,11 @@ class ActivationPlan:
         self._free_cached()
         own = hidden.numel() * hidden.element_size()
         costs = self._costs(self._layers[group.indices[-1]], tokens, length)
-        working = int(_WORKING_LAYERS * costs[Keep.ALL].bytes) if costs is not None else 8 * own
+        working = int(_WORKING_LAYERS * costs[ALL].bytes) if costs is not None else 8 * own
         room = int(self.fraction * memory.free) - working
         fitting = max(0, min(len(group.indices), room // max(own, 1)))
         moved = len(group.indices) - fitting
-        group.lowest = {index: Keep.HOST if i < moved else Keep.INPUT for i, index in enumerate(group.indices)}
+        group.lowest = {index: HOST if i < moved else INPUT for i, index in enumerate(group.indices)}
         for index, level in group.lowest.items():
             self.levels[index] = level
         if costs is None and not moved:
@@ -382,10 +465,10 @@ class ActivationPlan:
         self._measuring = None
         return output
 
-    def _recompute(self, level: Keep, function: functools.partial[Any], *args: Any) -> Any:
+    def _recompute(self, level: Level, function: functools.partial[Any], *args: Any) -> Any:
         if self._on_xla:
             return _recompute_on_xla(function, *args)
-        if level == Keep.HOST:
+        if level.host:
             with OffloadSaved(self._stash):
                 return checkpoint(function, *args, use_reentrant=False)
         return checkpoint(function, *args, use_reentrant=False)

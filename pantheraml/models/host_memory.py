@@ -7,43 +7,81 @@ what it asks for next is on its way while it works on the last.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 # Tensors below this size stay on the device: a copy over PCIe costs more than the memory is worth.
-_LEAST_BYTES = 2 * 1024**2
+LEAST_BYTES = 2 * 1024**2
+# The allocator of pinned memory rounds up to a power of two, so that large tensors wait in pieces of one.
+_PIECE_BYTES = 64 * 1024**2
+# Share of the host's available memory that tensors may wait in.
+SHARE = 0.6
+# Of a container, in both versions of control groups: what it may use and what it uses.
+_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_bytes() -> int:
+    """Host memory in which this process may hold tensors: a share of what is free, divided by this machine's ranks."""
+    free = psutil.virtual_memory().available
+    for limit, used in _LIMITS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            # Another kind of control group, or one without a limit.
+            continue
+    return max(int(SHARE * free), 0) // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    return flat.split(max(_PIECE_BYTES // flat.itemsize, 1))
 
 
 class _Held:
-    """One tensor on the host, and later on its way back."""
+    """Tensors on the host, and later on their way back."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.device = tensor.device
-        self.stream = _side_stream(tensor.device)
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        self.back: torch.Tensor | None = None
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.device = tensors[0].device
+        self.stream = _side_stream(self.device)
+        self.shapes = [(t.shape, t.dtype) for t in tensors]
+        self.host: list[list[torch.Tensor]] = []
+        self.back: list[torch.Tensor] | None = None
+        sources = [t.contiguous() for t in tensors]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self.stream)
+            for source in sources:
+                self.host.append([])
+                for piece in _pieces(source.view(-1)):
+                    pinned = torch.empty(piece.shape, dtype=piece.dtype, device="cpu", pin_memory=True)
+                    self.host[-1].append(pinned.copy_(piece, non_blocking=True))
+                source.record_stream(self.stream)
 
     def start(self) -> None:
         """Begin the copy back, after what the device does now."""
-        if self.back is None:
-            self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self.back.copy_(self.host, non_blocking=True)
+        if self.back is not None:
+            return
+        self.back = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes]
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for target, held in zip(self.back, self.host):
+                for piece, pinned in zip(_pieces(target.view(-1)), held):
+                    piece.copy_(pinned, non_blocking=True)
 
-    def finish(self) -> torch.Tensor:
-        """The tensor on the device, in the current stream's order."""
+    def finish(self) -> list[torch.Tensor]:
+        """The tensors on the device, in the current stream's order."""
         self.start()
         assert self.back is not None
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
-        self.back.record_stream(current)
+        for tensor in self.back:
+            tensor.record_stream(current)
         return self.back
 
 
@@ -53,12 +91,12 @@ class HostStash:
     def __init__(self) -> None:
         self._held: list[_Held] = []
 
-    def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Move a tensor to the host; the result brings it back, and starts to bring the one put before it."""
-        held = _Held(tensor.detach())
+    def put(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Move tensors to the host; the result brings them back, and starts to bring those put before them."""
+        held = _Held([t.detach() for t in tensors])
         self._held.append(held)
 
-        def fetch() -> torch.Tensor:
+        def fetch() -> list[torch.Tensor]:
             result = held.finish()
             if held in self._held:
                 # What was put later was given up with its graph.
@@ -82,13 +120,13 @@ class OffloadSaved(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _LEAST_BYTES:
+        if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < LEAST_BYTES:
             return tensor
-        return self._stash.put(tensor)
+        return self._stash.put([tensor])
 
     @staticmethod
     def _unpack(packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else packed()
+        return packed if isinstance(packed, torch.Tensor) else packed()[0]
 
 
 @functools.cache

@@ -19,17 +19,19 @@ from pantheraml.models.activations import (
     upgrades,
 )
 from pantheraml.models.adapt import adapt
-from pantheraml.models.layers.block import Keep
+from pantheraml.models.layers.block import Keep, Level
 from pantheraml.models.layers.decoder import Cost
 
 IDS = torch.arange(3, 27).view(2, 12)
+HOST, INPUT, ATTENTION, RESIDUAL, ALL = Level(Keep.INPUT, host=True), *(Level(keep) for keep in Keep)
 COSTS = {
-    Keep.HOST: Cost(0, 10.5),
-    Keep.INPUT: Cost(10, 10.0),
-    Keep.ATTENTION: Cost(20, 9.0),
-    Keep.RESIDUAL: Cost(40, 6.0),
-    Keep.ALL: Cost(100, 0.0),
+    HOST: Cost(0, 10.5, 10),
+    INPUT: Cost(10, 10.0),
+    ATTENTION: Cost(20, 9.0),
+    RESIDUAL: Cost(40, 6.0),
+    ALL: Cost(100, 0.0),
 }
+ON_DEVICE = {level: cost for level, cost in COSTS.items() if not level.host}
 
 
 def gradients(model):
@@ -121,60 +123,60 @@ def test_layers_that_are_no_nodes_are_kept_from_the_last_as_far_as_they_fit(olde
 
 def test_levels_that_save_less_a_byte_than_a_higher_one_are_passed_over():
     # 0.05 s a byte from host to input, then 0.1, 0.15 and 0.1: the two in the middle make one step of 0.133.
-    assert upgrades(COSTS) == [(Keep.RESIDUAL, 40, 4.5), (Keep.ALL, 60, 6.0)]
-    assert upgrades({k: c for k, c in COSTS.items() if k >= Keep.INPUT})[0] == (Keep.RESIDUAL, 30, 4.0)
-    assert upgrades({Keep.INPUT: Cost(0, 1.0)}) == []
+    assert upgrades(COSTS) == [(RESIDUAL, 40, 4.5), (ALL, 60, 6.0)]
+    assert upgrades(ON_DEVICE)[0] == (RESIDUAL, 30, 4.0)
+    assert upgrades({INPUT: Cost(0, 1.0)}) == []
 
 
 @pytest.mark.parametrize(
     ("budget", "levels"),
     [
-        (-5, [Keep.INPUT] * 3),
-        (29, [Keep.INPUT] * 3),
-        (30, [Keep.INPUT, Keep.INPUT, Keep.RESIDUAL]),
-        (90, [Keep.RESIDUAL] * 3),
-        (155, [Keep.RESIDUAL, Keep.RESIDUAL, Keep.ALL]),
-        (270, [Keep.ALL] * 3),
+        (25, [INPUT] * 3),
+        (59, [INPUT] * 3),
+        (60, [INPUT, INPUT, RESIDUAL]),
+        (120, [RESIDUAL] * 3),
+        (185, [RESIDUAL, RESIDUAL, ALL]),
+        (300, [ALL] * 3),
     ],
 )
 def test_memory_is_spent_where_a_byte_saves_the_most_time(budget, levels):
-    costs = [{k: c for k, c in COSTS.items() if k >= Keep.INPUT}] * 3
-    assert allot(costs, budget) == levels
+    assert allot([ON_DEVICE] * 3, budget) == levels
 
 
-def nodes_plan(allocator, layers, **options):
-    scale = {level: Cost(cost.bytes, cost.seconds) for level, cost in COSTS.items()}
-
+def nodes_plan(allocator, layers, *, table=ON_DEVICE, **options):
     def costs(_layer, tokens, _length):
-        return {level: Cost(cost.bytes * tokens // 10, cost.seconds) for level, cost in scale.items()}
+        times = tokens / 10
+        return {level: Cost(int(c.bytes * times), c.seconds, int(c.host_bytes * times)) for level, c in table.items()}
 
     return ActivationPlan(layers, "auto", memory=allocator, costs=costs, **options)
 
 
 def ask(plan, layers, *, tokens):
     hidden = torch.zeros(1, tokens, 1, dtype=torch.uint8)
-    return [plan.keep(layer, hidden)[0] for layer in layers]
+    assert [plan.keep(layer, hidden)[0] for layer in layers] == [level.keep for level in plan.levels]
+    return plan.levels[:]
 
 
 def test_nodes_are_planned_from_their_costs_and_the_measured_peak():
     layers = [Layer() for _ in range(4)]
     allocator = Allocator(capacity=1_000, base=100, recompute_peak=500)
     plan = nodes_plan(allocator, layers, fraction=0.9)
-    assert ask(plan, layers, tokens=10) == [Keep.INPUT] * 4
+    assert ask(plan, layers, tokens=10) == [INPUT] * 4
     assert "measuring" in plan.describe()
     allocator.peak = 500
     # limit 100 + 810 = 910, of which 0.94 * 410 = 385 are left. Half is tried: four times 30, then once 60.
-    assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+    assert ask(plan, layers, tokens=10) == [RESIDUAL] * 3 + [ALL]
     assert "measuring" in plan.describe()
     allocator.reserved = 500 + 180
     # It took what it should: four times 30, then four times 60.
-    assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
+    assert ask(plan, layers, tokens=10) == [ALL] * 4
     allocator.peak = 700
-    assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
+    assert ask(plan, layers, tokens=10) == [ALL] * 4
     # A larger batch starts over; its measured peak leaves 0.94 * (910 - 700) = 197 for levels that cost twice.
-    assert ask(plan, layers, tokens=20) == [Keep.INPUT] * 4
-    assert ask(plan, layers, tokens=20) == [Keep.INPUT, Keep.INPUT, Keep.INPUT, Keep.RESIDUAL]
-    assert ask(plan, layers, tokens=20) == [Keep.INPUT, Keep.RESIDUAL, Keep.RESIDUAL, Keep.RESIDUAL]
+    assert ask(plan, layers, tokens=20) == [INPUT] * 4
+    assert ask(plan, layers, tokens=20) == [INPUT, INPUT, INPUT, RESIDUAL]
+    allocator.reserved = 700 + 60
+    assert ask(plan, layers, tokens=20) == [INPUT, RESIDUAL, RESIDUAL, RESIDUAL]
     assert plan.describe() == (
         "activations of 4 layers at 20 tokens: 3 kept but for the MLP's inner part, 1 recomputed"
     )
@@ -187,9 +189,9 @@ def test_what_the_allocator_loses_between_blocks_is_not_spent():
     ask(plan, layers, tokens=10)
     allocator.peak, allocator.reserved = 500, 800
     # 0.94 * (910 - 800) = 103 instead of 385; half is tried.
-    assert ask(plan, layers, tokens=10) == [Keep.INPUT] * 3 + [Keep.RESIDUAL]
+    assert ask(plan, layers, tokens=10) == [INPUT] * 3 + [RESIDUAL]
     allocator.reserved = 800 + 30
-    assert ask(plan, layers, tokens=10) == [Keep.INPUT] + [Keep.RESIDUAL] * 3
+    assert ask(plan, layers, tokens=10) == [INPUT] + [RESIDUAL] * 3
 
 
 def test_what_the_trial_takes_beyond_its_costs_is_expected_of_the_rest():
@@ -198,25 +200,76 @@ def test_what_the_trial_takes_beyond_its_costs_is_expected_of_the_rest():
     plan = nodes_plan(allocator, layers, fraction=0.9)
     ask(plan, layers, tokens=10)
     allocator.peak = 500
-    assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+    assert ask(plan, layers, tokens=10) == [RESIDUAL] * 3 + [ALL]
     # 180 bytes took 360, so that the 385 that are left are enough for 192.
     allocator.reserved = 500 + 360
     for _step in range(2):
-        assert ask(plan, layers, tokens=10) == [Keep.RESIDUAL] * 3 + [Keep.ALL]
+        assert ask(plan, layers, tokens=10) == [RESIDUAL] * 3 + [ALL]
         assert "measuring" not in plan.describe()
     # What needs less than half of the memory is kept without a trial.
     plan = nodes_plan(Allocator(capacity=1_000, base=100, recompute_peak=100), layers, fraction=0.9)
     ask(plan, layers, tokens=10)
-    assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
+    assert ask(plan, layers, tokens=10) == [ALL] * 4
+
+
+def test_what_a_full_step_leaves_is_spent_too():
+    layers = [Layer() for _ in range(8)]
+    allocator = Allocator(capacity=1_000, base=100, recompute_peak=500)
+    plan = nodes_plan(allocator, layers, fraction=0.9)
+    ask(plan, layers, tokens=10)
+    # 0.94 * (910 - 800): half is tried, and takes nothing beyond what was reserved.
+    allocator.peak, allocator.reserved = 500, 800
+    assert ask(plan, layers, tokens=10) == [INPUT] * 7 + [RESIDUAL]
+    # 30 + 103, then 120 + 103, then 210 + 103, which is the last time.
+    assert ask(plan, layers, tokens=10) == [INPUT] * 4 + [RESIDUAL] * 4
+    assert "measuring" not in plan.describe()
+    assert ask(plan, layers, tokens=10) == [INPUT] + [RESIDUAL] * 7
+    # Something else was held at the end of this one: no more is kept, nor asked about.
+    allocator.reserved = 905
+    assert ask(plan, layers, tokens=10) == [INPUT] + [RESIDUAL] * 7
+    allocator.reserved = 600
+    assert ask(plan, layers, tokens=10) == [INPUT] + [RESIDUAL] * 7
+    # A smaller batch has room for more.
+    assert ask(plan, layers, tokens=5) == plan.levels != [INPUT] + [RESIDUAL] * 7
 
 
 def test_inputs_that_do_not_fit_wait_in_host_memory():
     layers = [Layer() for _ in range(4)]
-    plan = nodes_plan(Allocator(capacity=1_290, base=0, recompute_peak=0), layers, fraction=1.0)
+    plan = nodes_plan(Allocator(capacity=1_290, base=0, recompute_peak=0), layers, table=COSTS, fraction=1.0)
     # 2.5 times 500 of a whole layer are set aside; of the rest, 40, the inputs of 50 bytes each take none.
-    assert ask(plan, layers, tokens=50) == [Keep.HOST] * 4
-    plan = nodes_plan(Allocator(capacity=1_350, base=0, recompute_peak=0), layers, fraction=1.0)
-    assert ask(plan, layers, tokens=50) == [Keep.HOST, Keep.HOST, Keep.INPUT, Keep.INPUT]
+    assert ask(plan, layers, tokens=50) == [HOST] * 4
+    plan = nodes_plan(Allocator(capacity=1_350, base=0, recompute_peak=0), layers, table=COSTS, fraction=1.0)
+    assert ask(plan, layers, tokens=50) == [HOST, HOST, INPUT, INPUT]
+
+
+HOST_ATTENTION, HOST_ALL = Level(Keep.ATTENTION, host=True), Level(Keep.ALL, host=True)
+BOTH = COSTS | {HOST_ATTENTION: Cost(0, 9.5, 20), HOST_ALL: Cost(80, 0.5, 20)}
+
+
+@pytest.mark.parametrize(
+    ("host", "levels"),
+    [
+        # 0.94 * (910 - 540) and the inputs' 40 are 387, of which three layers' 20 are on their way: four times 80.
+        (80, [HOST_ALL] * 4),
+        (79, [RESIDUAL, ALL, ALL, ALL]),
+    ],
+)
+def test_the_host_is_used_where_that_keeps_more_and_has_room(host, levels):
+    layers = [Layer() for _ in range(4)]
+    allocator = Allocator(capacity=1_000, base=100, recompute_peak=500)
+    plan = nodes_plan(allocator, layers, table=BOTH, fraction=0.9, host_memory=lambda: host)
+    assert ask(plan, layers, tokens=10) == [INPUT] * 4
+    allocator.peak = 540
+    ask(plan, layers, tokens=10)
+    # The trial takes what it should.
+    allocator.reserved = 540 + plan._groups[torch.device("cpu")].measured.trying[0]
+    assert ask(plan, layers, tokens=10) == levels
+
+
+@pytest.mark.parametrize(("host", "level"), [(80, HOST_ATTENTION), (79, HOST)])
+def test_offloading_moves_what_saves_time_and_has_room(host, level):
+    plan = ActivationPlan([Layer() for _ in range(4)], "offload", costs=lambda *_: BOTH, host_memory=lambda: host)
+    assert plan._moved(plan._layers[0], 10, 10) == level
 
 
 def test_after_an_allocation_failed_nothing_more_is_kept():
@@ -225,9 +278,9 @@ def test_after_an_allocation_failed_nothing_more_is_kept():
     plan = nodes_plan(allocator, layers)
     ask(plan, layers, tokens=10)
     ask(plan, layers, tokens=10)
-    assert ask(plan, layers, tokens=10) == [Keep.ALL] * 4
+    assert ask(plan, layers, tokens=10) == [ALL] * 4
     plan.shrink()
-    assert ask(plan, layers, tokens=10) == [Keep.INPUT] * 4
+    assert ask(plan, layers, tokens=10) == [INPUT] * 4
 
 
 def test_evaluation_is_untouched():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -39,6 +39,7 @@ from ...kernels.lora_linear import (
     terms_of,
     thin_product,
 )
+from ..host_memory import LEAST_BYTES
 from .pieces import Norm, Turn, activate, activate_backward
 
 # Rows of one pass through an MLP: 2 x 14,336 columns of gate and up are 0.9 GB of them in bfloat16.
@@ -48,16 +49,30 @@ MLP_ROWS = 16384
 class Keep(IntEnum):
     """What of a layer stays in memory between forward and backward; each level includes the ones below it."""
 
-    HOST = 0
-    """Nothing: the layer's input is moved to host memory."""
-    INPUT = 1
+    INPUT = 0
     """The layer's input."""
-    ATTENTION = 2
+    ATTENTION = 1
     """The result of attention (and its row statistics), so that attention is not run again."""
-    RESIDUAL = 3
+    RESIDUAL = 2
     """Queries, keys, values, and the residual between attention and MLP: only gate and up are multiplied again."""
-    ALL = 4
+    ALL = 3
     """The outputs of gate and up too: no matrix product is repeated."""
+
+
+class Level(NamedTuple):
+    """What of a layer stays, and where.
+
+    Attributes:
+        keep: What stays.
+        host: Whether the layer's input and the result of attention, if they stay, wait in host memory.
+    """
+
+    keep: Keep
+    host: bool = False
+
+
+# Moves tensors to the host and returns what brings them back.
+Offload = Callable[[Sequence[torch.Tensor]], Callable[[], list[torch.Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +92,7 @@ class Spec:
         scale: Residual scale s.
         parallel: Whether MLP and attention read the same residual.
         keep: What stays in memory.
-        offload: Moves a tensor to the host and returns what brings it back.
+        offload: Moves the layer's input and, where it stays, the result of attention to the host; None to leave them.
     """
 
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
@@ -92,7 +107,7 @@ class Spec:
     scale: float
     parallel: bool
     keep: Keep
-    offload: Callable[[torch.Tensor], Callable[[], torch.Tensor]] | None = None
+    offload: Offload | None = None
 
     def all_norms(self) -> list[Norm]:
         """The norms, each once, in the order of their parameters among the tensors."""
@@ -100,25 +115,73 @@ class Spec:
         return list({id(norm): norm for norm in found if norm is not None}.values())
 
 
-class _Places(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps places instead of the tensors that share memory with the given ones; ``filled`` has their successors."""
+class _Saved:
+    """What a small graph keeps: a tensor, or a place for one with the memory of ``filled[index]``."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._index = {x.untyped_storage().data_ptr(): i for i, x in enumerate(tensors)}
-        self.filled: Sequence[torch.Tensor] = ()
-        super().__init__(self._pack, self._unpack)
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.index = -1
+        self.geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
-        index = self._index.get(tensor.untyped_storage().data_ptr())
-        if index is None:
-            return tensor
-        return index, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        index, size, stride, offset = packed
-        return self.filled[index].detach().as_strided(size, stride, offset)
+class _Places:
+    """Keeps places instead of tensors that are given up; ``fill`` brings their successors.
+
+    The graph refers to what is in here, so this may refer to nothing of the graph: only the garbage collector would
+    free the two.
+    """
+
+    def __init__(self) -> None:
+        self._filled: dict[int, torch.Tensor] = {}
+        self._saved: list[_Saved] = []
+        self._given_up = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Inside these, what is saved can be given up afterwards."""
+        saved, filled = self._saved, self._filled
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            saved.append(_Saved(tensor))
+            return saved[-1]
+
+        def unpack(packed: _Saved) -> torch.Tensor:
+            if packed.tensor is not None:
+                return packed.tensor
+            return filled[packed.index].detach().as_strided(*packed.geometry)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def give_up(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Forget all that shares memory with ``tensors``, and return the place of the first."""
+        first, self._given_up = self._given_up, self._given_up + len(tensors)
+        index = {_address(x): i for i, x in enumerate(tensors, first)}
+        for packed in self._saved:
+            if packed.tensor is not None and _address(packed.tensor) in index:
+                packed.index, packed.tensor = index[_address(packed.tensor)], None
+        return first
+
+    def large(self, but: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What is kept, is not small and does not share memory with the tensors ``but``."""
+        known = {_address(x) for x in but}
+        kept = [p.tensor for p in self._saved if p.tensor is not None and p.tensor.nbytes >= LEAST_BYTES]
+        return list({_address(x): x for x in kept if _address(x) not in known}.values())
+
+    def fill(self, first: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Put successors, of the same layout in memory, into the places from ``first`` on."""
+        self._filled.update(enumerate(tensors, first))
+
+    def empty(self) -> None:
+        """Forget the successors."""
+        self._filled.clear()
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _memory(x: torch.Tensor) -> torch.Tensor:
+    """All memory that ``x`` is a part of, as one row."""
+    return x.detach().as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
 
 
 class _Enter(torch.autograd.Function):
@@ -135,15 +198,46 @@ class _Enter(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Attended:
-    """The result of attention [B, T, heads, D], with the small graph behind it where it was recorded."""
+    """The result of attention [B, T, heads, D], with the small graph behind it where it was recorded.
 
-    result: torch.Tensor
-    edges: Sequence[Any] = ()
+    Attributes:
+        result: None while it is on the host.
+        end: Where the graph ends, at the result.
+        begin: Where it begins, at queries, keys and values.
+        places: What it keeps, where that may be given up.
+        moved: Place of the first tensor that was moved to the host, and how the result lies in its memory.
+    """
+
+    result: torch.Tensor | None
+    end: Any = None
+    begin: Sequence[Any] = ()
     places: _Places | None = None
+    moved: tuple[int, Any] | None = None
+
+    def give_up(self, qkv: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All that stays of attention but queries, keys and values, which is forgotten here."""
+        assert self.places is not None
+        assert self.result is not None
+        others = [self.result, *self.places.large([self.result, *qkv])]
+        geometry = self.result.size(), self.result.stride(), self.result.storage_offset()
+        self.moved, self.result = (self.places.give_up(others), geometry), None
+        return [_memory(x) for x in others]
+
+    def take_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Undo ``give_up`` with what it returned."""
+        assert self.places is not None
+        assert self.moved is not None
+        first, geometry = self.moved
+        self.places.fill(first, tensors)
+        self.result = tensors[0].as_strided(*geometry)
 
     def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gradients of q, k, v [B, heads, T, D]."""
-        return torch.autograd.grad(self.result, self.edges, grad.view(self.result.shape))
+        assert self.result is not None
+        found = torch.autograd.grad(self.end, self.begin, grad.view(self.result.shape))
+        if self.places is not None:
+            self.places.empty()
+        return found
 
 
 @dataclass(slots=True)
@@ -254,20 +348,23 @@ class _Layer:
         q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
         return tuple(x.view(heads).transpose(1, 2) for x in (q, k, v))
 
-    def attend(self, qkv: tuple[torch.Tensor, ...], keep: Keep) -> _Attended:
-        """Run attention, keeping what its own backward needs as far as ``keep`` says."""
-        if keep < Keep.ATTENTION:
+    def attend(self, qkv: tuple[torch.Tensor, ...], level: Level) -> _Attended:
+        """Run attention, keeping what its own backward needs as far as ``level`` says."""
+        if level.keep < Keep.ATTENTION:
             with torch.no_grad():
                 return _Attended(self.spec.attend(*qkv))
-        places = _Places(qkv) if keep == Keep.ATTENTION else None
-        with torch.enable_grad(), places or nullcontext():
+        places = _Places() if level.keep == Keep.ATTENTION or level.host else None
+        with torch.enable_grad(), places.hooks() if places is not None else nullcontext():
             entered = _Enter.apply(torch.empty(0, requires_grad=True), *qkv)
-            edges = [get_gradient_edge(x) for x in entered]
-            return _Attended(self.spec.attend(*entered), edges, places)
+            begin = [get_gradient_edge(x) for x in entered]
+            result = self.spec.attend(*entered)
+        if places is not None and level.keep == Keep.ATTENTION:
+            places.give_up(qkv)
+        return _Attended(result.detach(), get_gradient_edge(result), begin, places)
 
     def add_attention(self, state: _State, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """``h + s * n(o(attended))``."""
-        flat = attended.detach().reshape(h.shape[0], -1)
+        flat = attended.reshape(h.shape[0], -1)
         y, state.skinny_o, state.branch = self._add(1, h, flat, self.o, self.joined[1])
         return y
 
@@ -316,11 +413,16 @@ class _Layer:
         for start in range(0, rows, MLP_ROWS):
             yield slice(start, min(start + MLP_ROWS, rows))
 
-    def forward(self, h: torch.Tensor, keep: Keep) -> tuple[torch.Tensor, _State]:
-        """The layer's output, and what ``keep`` asks for."""
+    def forward(self, h: torch.Tensor, level: Level) -> tuple[torch.Tensor, _State, list[torch.Tensor]]:
+        """The layer's output, what is kept of it beside h, and what of that shall wait on the host."""
+        keep = level.keep
         state = _State()
-        state.attended = self.attend(self.queries(state, h), keep)
-        added = self.add_attention(state, h, state.attended.result)
+        qkv = self.queries(state, h)
+        attended = state.attended = self.attend(qkv, level)
+        assert attended.result is not None
+        added = self.add_attention(state, h, attended.result)
+        moved = attended.give_up(qkv) if level.host and keep >= Keep.ATTENTION else []
+        del qkv
         # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
         state.middle = h if self.spec.parallel else added
         out = torch.empty_like(added)
@@ -333,10 +435,10 @@ class _Layer:
                 pieces.append(piece)
         state.mlp = pieces or None
         if keep < Keep.RESIDUAL:
-            return out, _State(attended=state.attended if keep == Keep.ATTENTION else None)
+            return out, _State(attended=attended if keep == Keep.ATTENTION else None), moved
         # One pass over the residual makes it again.
         state.x = state.rstd = None
-        return out, state
+        return out, state, moved
 
     # ------------------------------------------------------------ backward
 
@@ -347,9 +449,10 @@ class _Layer:
             return
         qkv = self.queries(state, h)
         if state.attended is None:
-            state.attended = self.attend(qkv, Keep.ALL)
+            state.attended = self.attend(qkv, Level(Keep.ALL))
         elif state.attended.places is not None:
-            state.attended.places.filled = qkv
+            state.attended.places.fill(0, qkv)
+        assert state.attended.result is not None
         added = self.add_attention(state, h, state.attended.result)
         state.middle = h if self.spec.parallel else added
 
@@ -490,8 +593,9 @@ class _Layer:
         spec, rows = self.spec, h.shape[0]
         attended = state.attended
         assert attended is not None
+        assert attended.result is not None
         dy = self._branch_backward(1, grad, state.branch)
-        flat = attended.result.detach().reshape(rows, -1)
+        flat = attended.result.reshape(rows, -1)
         d_attended, _, grads_o = project_backward(
             [dy], flat, state.skinny_o, self.o, needs[3:], need_x=True, need_u=False, A=self.joined[1]
         )
@@ -530,8 +634,9 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx: Any, h: torch.Tensor, spec: Spec, *tensors: torch.Tensor | None) -> torch.Tensor:
         with torch.autocast(h.device.type, enabled=False):
             layer = _Layer(spec, h, tensors)
-            out, state = layer.forward(h.reshape(-1, h.shape[-1]), spec.keep)
-        ctx.fetch = spec.offload(h) if spec.offload is not None and spec.keep == Keep.HOST else None
+            level = Level(spec.keep, host=spec.offload is not None)
+            out, state, moved = layer.forward(h.reshape(-1, h.shape[-1]), level)
+        ctx.fetch = spec.offload([h.detach(), *moved]) if spec.offload is not None else None
         ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)
         ctx.layer, ctx.state = layer, state
         return out.view(h.shape)
@@ -540,13 +645,16 @@ class _DecoderLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         # Also refuses a second backward through a freed graph, and parameters that were written to since.
-        h = ctx.saved_tensors[0] if ctx.fetch is None else ctx.fetch()
+        h, *moved = ctx.saved_tensors[:1] if ctx.fetch is None else ctx.fetch()
         layer, state = ctx.layer, ctx.state
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # What is kept is used up by a backward: where another may follow, this one works on a fresh run.
             state = _State()
         else:
             ctx.layer = ctx.state = ctx.fetch = None
+            if moved:
+                state.attended.take_back(moved)
+        del moved
         flags = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
             d_h, grads = layer.backward(

@@ -21,7 +21,7 @@ from ...kernels.lora_linear import Projection
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
 from ..roles import QKV, decoder_children, plain_tensor
 from .attention import AttentionPlan, attention_function
-from .block import Keep, Spec, decoder_layer
+from .block import Keep, Level, Spec, decoder_layer
 from .lora import compute_dtype, projection_of, untouched
 from .mlp import GluPlan
 from .pieces import Norm, Turn
@@ -264,7 +264,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return decoder_layer(h, spec, projections, norms)
     except torch.OutOfMemoryError:
         planner = _planner(self)
-        if planner is None or spec.keep <= Keep.INPUT:
+        if planner is None or spec.keep == Keep.INPUT:
             raise
         planner.shrink()
         keep, offload = planner.keep(self, h)
@@ -409,23 +409,27 @@ class Cost:
     """What keeping a layer at one level takes.
 
     Attributes:
-        bytes: Held between forward and backward.
-        seconds: Of computing again, as an estimate by which levels are compared.
+        bytes: Held on the device between forward and backward.
+        seconds: Of computing again and of waiting for copies, as an estimate by which levels are compared.
+        host_bytes: Held on the host.
     """
 
     bytes: int
     seconds: float
+    host_bytes: int = 0
 
 
 # Rates by which recomputation is estimated; only their ratios matter. Products and attention as measured on an H100.
 _PRODUCT_RATE = 750e12
 _ATTENTION_RATE = 500e12
-# A copy to the host and back runs beside the arithmetic and is felt little.
-_HOST_RATE = 100e9
+# A copy to the host runs beside the arithmetic, which feels this share of it (512 MiB there and back cost a layer 2 ms
+# on an H100), and waits for what outlasts it.
+_HOST_RATE = 50e9
+_HOST_FELT = 0.11
 _STATISTIC_BYTES = 4
 
 
-def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Keep, Cost] | None:
+def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | None:
     """What each level of a layer holds and takes to compute again.
 
     Args:
@@ -434,7 +438,7 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Keep, Cost] | N
         length: Sequence length.
 
     Returns:
-        The costs, or None for a layer that does not run as one node.
+        The costs, those that hold the least on the device first, or None for a layer that does not run as one node.
     """
     swap = swap_of(layer)
     parts = _parts(layer) if swap is not None and isinstance(swap.plan, DecoderPlan) else None
@@ -448,17 +452,24 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Keep, Cost] | N
     _, after, _, after_mlp = parts.norms
     unnormed = q_width + kv_width if parts.head_norms is not None else 0
 
-    holds = {Keep.HOST: 0, Keep.INPUT: hidden * element}
-    holds[Keep.ATTENTION] = holds[Keep.INPUT] + q_width * element + heads * _STATISTIC_BYTES
+    # Bytes of a token: what may wait on the host, and what stays.
+    moved = {Keep.INPUT: hidden * element}
+    moved |= dict.fromkeys(list(Keep)[1:], moved[Keep.INPUT] + q_width * element + heads * _STATISTIC_BYTES)
     middle = q_width + 2 * kv_width + hidden + unnormed + (hidden if after is not None else 0)
-    holds[Keep.RESIDUAL] = holds[Keep.ATTENTION] + middle * element
-    holds[Keep.ALL] = holds[Keep.RESIDUAL] + (inner + (hidden if after_mlp is not None else 0)) * element
+    stays = {Keep.INPUT: 0, Keep.ATTENTION: 0, Keep.RESIDUAL: middle * element}
+    stays[Keep.ALL] = stays[Keep.RESIDUAL] + (inner + (hidden if after_mlp is not None else 0)) * element
 
     products = [2.0 * tokens * a * b / _PRODUCT_RATE for a, b in widths]
     attention = 2.0 * tokens * length * q_width / _ATTENTION_RATE
+    forward = sum(products) + attention
     takes = {Keep.ALL: 0.0}
     takes[Keep.RESIDUAL] = sum(products[4:-1]) + (products[-1] if after_mlp is not None else 0.0)
     takes[Keep.ATTENTION] = takes[Keep.RESIDUAL] + sum(products[:4])
     takes[Keep.INPUT] = takes[Keep.ATTENTION] + attention
-    takes[Keep.HOST] = takes[Keep.INPUT] + 2.0 * tokens * hidden * element / _HOST_RATE
-    return {level: Cost(tokens * holds[level], takes[level]) for level in Keep}
+    costs = {}
+    for keep in Keep:
+        copy = tokens * moved[keep] / _HOST_RATE
+        felt = 2 * (_HOST_FELT * copy + max(0.0, copy - forward))
+        costs[Level(keep)] = Cost(tokens * (moved[keep] + stays[keep]), takes[keep])
+        costs[Level(keep, host=True)] = Cost(tokens * stays[keep], takes[keep] + felt, tokens * moved[keep])
+    return dict(sorted(costs.items(), key=lambda entry: entry[1].bytes))
