@@ -4,16 +4,18 @@
 
 The model has the widths of Llama 3.1 8B (random weights, bf16) and `--layers` of its 32 layers; LoRA of rank 16 is on
 all linear layers. "copy" copies the files of its folder and flushes them to the disk, as a save does. "merge" is
-`save_pretrained_merged` without its check, "merge and verify" with it. Each is timed in turn, some seconds after the
-files of the one before were removed: on a virtual machine, writing into memory that was freed a moment ago can be
-several times as fast as later. CPU seconds are those of this process, whatever else the machine does. Memory is the
-peak of the process while it merges, less what it held before.
+`save_pretrained_merged` without its check, "merge and verify" with it. Each is timed in turn, and from the same start:
+the disk's queue is empty, the base's files are in the page cache, and as much memory as will be written has just been
+touched and given back. The last is for virtual machines, which take several times as long to write into memory that
+their host must find first. CPU seconds are those of this process, whatever else the machine does. Memory is the peak of
+the process while it merges, less what it held before.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import mmap
 import os
 import platform
 import shutil
@@ -40,7 +42,7 @@ WIDTHS = {
     "tie_word_embeddings": False,
 }
 SHARD = 5 * 10**9
-SETTLE = 6.0  # seconds before each of the three
+ROOM = 1 << 30  # bytes of memory touched beyond what will be written
 
 
 def build(layers: int, folder: Path) -> Any:
@@ -81,10 +83,19 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def settle() -> None:
-    """Let the disk's queue and the memory of removed files go, so that each path starts from the same."""
+def settle(folder: Path) -> None:
+    """Give each path the same start; see the top."""
     os.sync()
-    time.sleep(SETTLE)
+    buffer = bytearray(1 << 20)
+    size = 0
+    for path in folder.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                size += count
+    with mmap.mmap(-1, size + ROOM) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, len(memory), mmap.PAGESIZE):
+            memory[start] = 1
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
@@ -157,7 +168,7 @@ def run(layers: int, repeats: int, folder: Path) -> dict[str, Any]:
     def merge(name: str, verify: bool) -> tuple[float, float]:
         from pantheraml.export.merge import save_merged
 
-        settle()
+        settle(folder / "base")
         with PeakMemory() as memory:
             seconds = timed(
                 lambda: save_merged(model, folder / name, max_shard_size=SHARD, verify=verify, announce=False)
@@ -168,7 +179,7 @@ def run(layers: int, repeats: int, folder: Path) -> dict[str, Any]:
         return seconds
 
     for _ in range(repeats):
-        settle()
+        settle(folder / "base")
         results["copy"].append(timed(lambda: copy(folder / "base", folder / "copy")))
         shutil.rmtree(folder / "copy")
         results["merge"].append(merge("merged", verify=False))

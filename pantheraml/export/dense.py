@@ -2,13 +2,12 @@
 
 Every adapter type that PEFT can merge (LoRA, rsLoRA, DoRA, LoRA on embeddings or expert parameters, IA3, ...) so comes
 out as PEFT defines it, and the model itself is never changed. Plain LoRA on a linear layer, of which models mostly
-consist, gives the same bits some rows at a time: its fp32 terms then stay in the processor's cache, where whole ones
-cost ten times as long.
+consist, gives the same bits some rows at a time, in buffers that are used again: all terms then stay in the processor's
+cache, where whole ones cost ten times as long.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from ..models.layers.fp8 import Fp8Linear
 from ..models.layers.fp8_adapters import LoraOnFp8
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")  # bitsandbytes' classes, told by name: the package is optional
-_BLOCK = 1 << 21  # numbers merged at a time: 8 MB in fp32
+BLOCK = 1 << 20  # numbers merged at a time: 4 MB in fp32
 _METHODS = ("forward", "merge", "get_delta_weight", "_old_forward", "_hf_hook")  # put on instances by other tools
 
 
@@ -112,6 +111,31 @@ def signature(layer: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
+def merged_rows(
+    module: nn.Module,
+    layers: tuple[Any, ...],
+    dense: Callable[[str, QuantizedWeight], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Iterator[torch.Tensor] | None:
+    """Merge plain LoRA into the weight of a linear layer some rows at a time; the arguments are ``merged_copy``'s.
+
+    Returns:
+        Rows one after the other, each block in one of two buffers by turns: it is there until the block after the next
+        is asked for. None where the layers are something else.
+    """
+    if len(layers) != 1 or not _plain_lora(layers[0]):
+        return None
+    weight: Any = module.weight
+    quantized = quantized_weight(module, weight)
+    if quantized is not None and quantized.transposed:
+        return None
+    base = weight.detach() if quantized is None else dense("weight", quantized)
+    return _with_products(base.to(device or weight.device), layers[0], dtype)
+
+
+@torch.no_grad()
 def merged_copy(
     module: nn.Module,
     layers: tuple[Any, ...],
@@ -139,12 +163,9 @@ def merged_copy(
         UnsupportedError: PEFT has no merge for this adapter type.
         CheckpointError: PEFT's merge failed.
     """
-    if len(layers) == 1 and _plain_lora(layers[0]):
-        weight: Any = module.weight
-        quantized = quantized_weight(module, weight)
-        if quantized is None or not quantized.transposed:
-            tensor = weight.detach() if quantized is None else dense("weight", quantized)
-            return {"weight": _with_products(tensor.to(device or weight.device), layers[0], dtype)}
+    rows = merged_rows(module, layers, dense, dtype=dtype, device=device)
+    if rows is not None:
+        return {"weight": torch.cat([block.clone() for block in rows])}
     touched = frozenset().union(*map(touches, layers))
     parameters: dict[str, nn.Parameter | None] = {}
     transposed = False
@@ -187,41 +208,28 @@ def _plain_lora(layer: Any) -> bool:
     return not any(name in layer.lora_variant or layer.lora_bias[name] for name in pending(layer))
 
 
-def _with_products(weight: torch.Tensor, layer: Any, dtype: torch.dtype) -> torch.Tensor:
+def _with_products(weight: torch.Tensor, layer: Any, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """``weight [out, in]`` and the pending products of a plain LoRA layer, summed in fp32 and rounded once."""
     terms = [
         (
-            layer.lora_A[name].weight.to(weight.device, torch.float32),
-            layer.lora_B[name].weight.to(weight.device, torch.float32),
+            layer.lora_A[name].weight.detach().to(weight.device, torch.float32),
+            layer.lora_B[name].weight.detach().to(weight.device, torch.float32),
             layer.scaling[name],
         )
         for name in pending(layer)
     ]
     rows, columns = weight.shape
-    result = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    step = max(1, _BLOCK // max(1, columns))
-    buffers = torch.empty(2, min(step, rows), columns, dtype=torch.float32, device=weight.device)
-    with _core_to_spare():
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            total, product = (buffer[: block.stop - start] for buffer in buffers)
-            total.copy_(weight[block])
-            for A, B, scaling in terms:
-                torch.mm(B[block], A, out=product)
-                total += product.mul_(scaling)
-            result[block] = total
-    return result
-
-
-@contextlib.contextmanager
-def _core_to_spare() -> Iterator[None]:
-    """Compute with a thread less: else each short step would wait for the thread whose core the writer is using."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    step = max(1, min(rows, BLOCK // max(1, columns)))
+    total, product = torch.empty(2, step, columns, dtype=torch.float32, device=weight.device)
+    results = torch.empty(2, step, columns, dtype=dtype, device=weight.device)
+    for turn, start in enumerate(range(0, rows, step)):
+        block = slice(start, min(start + step, rows))
+        sums, products, result = (buffer[: block.stop - start] for buffer in (total, product, results[turn % 2]))
+        sums.copy_(weight[block])
+        for A, B, scaling in terms:
+            torch.mm(B[block], A, out=products)
+            sums += products.mul_(scaling)
+        yield result.copy_(sums)
 
 
 def _run_merge(layer: Any, adapters: list[str], where: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +233,8 @@ class _Merge:
         ):
             require_free(temporary, needed, what="the merged model")
             producer = _Producer(self.layout, self.entries, compression)
-            written = write_sharded(temporary, specs, producer, max_shard_size=shard_size)
+            with _core_to_spare():
+                written = write_sharded(temporary, specs, producer, max_shard_size=shard_size, checksums=verify)
             merged = self._check_counts(producer)
             quantization = compression.config() if compression is not None else None
             write_config(self.base, temporary, dtype=self.dtype, untied=self.untied, quantization=quantization)
@@ -286,7 +288,7 @@ class _Merge:
 
 
 class _Producer:
-    """Gives the writer one tensor after the other, and notes which adapter modules went into them.
+    """Gives the writer one tensor after the other, in pieces where it can, and notes the adapter modules that went in.
 
     Attributes:
         layers: Names of the adapter modules merged so far.
@@ -310,24 +312,38 @@ class _Producer:
         self.checksums: dict[str, int] = {}
         self.renamed: dict[str, str] = {}
 
-    def __call__(self, spec: TensorSpec) -> torch.Tensor:
-        if spec.name not in self._held:
-            group = self._group_of[spec.name]
-            inputs = {}
-            for name in group.inputs:
-                entry = self._entries[name]
-                inputs[name] = entry.value()
-                self.layers.update(entry.layers)
-                if group.renamed:
-                    self.renamed[name] = group.outputs[0].name
-                else:
-                    self.checksums[name] = checksum(inputs[name])
-            for name, tensor in self._layout.convert(group, inputs).items():
-                if self._compression is not None and name in self._compression.names:
-                    self._held |= self._compression.tensors(name, tensor)
-                else:
-                    self._held[name] = tensor
+    def __call__(self, spec: TensorSpec) -> torch.Tensor | Iterable[torch.Tensor]:
+        if spec.name in self._held:
+            return self._held.pop(spec.name)
+        group = self._group_of[spec.name]
+        compression = self._compression
+        entries = {name: self._entries[name] for name in group.inputs}
+        self.layers.update(*(entry.layers for entry in entries.values()))
+        if group.renamed:
+            (name,) = group.inputs
+            self.renamed[name] = group.outputs[0].name
+            if compression is None or self.renamed[name] not in compression.names:
+                return entries[name].pieces()
+        inputs = {name: entry.value() for name, entry in entries.items()}
+        if not group.renamed:
+            self.checksums |= {name: checksum(tensor) for name, tensor in inputs.items()}
+        for name, tensor in self._layout.convert(group, inputs).items():
+            if compression is not None and name in compression.names:
+                self._held |= compression.tensors(name, tensor)
+            else:
+                self._held[name] = tensor
         return self._held.pop(spec.name)
+
+
+@contextlib.contextmanager
+def _core_to_spare() -> Iterator[None]:
+    """Compute with a thread less: else each short step would wait for the thread whose core the writer is using."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _dtype_of(base: PreTrainedModel, record: ModelRecord | None) -> torch.dtype:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from ..checkpoint.safetensors_io import TensorSpec
 from ..errors import CheckpointError, ConflictError, UnsupportedError
 from ..models.layers.fp8 import Fp8Linear
-from .dense import QuantizedWeight, merged_copy, pending, quantized_weight, signature, touches
+from .dense import BLOCK, QuantizedWeight, merged_copy, merged_rows, pending, quantized_weight, signature, touches
 
 DenseSource = Callable[[str, QuantizedWeight], torch.Tensor]
+_Source = tuple[Callable[[], torch.Tensor], Callable[[], Iterable[torch.Tensor]]]
+_Merged = TypeVar("_Merged")
 
 
 class NonFiniteWeightError(CheckpointError, ValueError):
@@ -34,6 +36,7 @@ class Parameter:
         layers: Names of the adapter modules that are merged into it.
         quantized: Set when the base is held quantised.
         value: Computes the tensor, in the dtype of ``spec``.
+        pieces: Computes it in pieces, in row-major order; each is there until the one after the next is asked for.
     """
 
     spec: TensorSpec
@@ -41,6 +44,7 @@ class Parameter:
     layers: tuple[str, ...]
     quantized: QuantizedWeight | None
     value: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterable[torch.Tensor]]
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -153,35 +157,38 @@ class MergedParameters:
             dtype = self._target_dtype(name, parameter.dtype) if quantized is None else self._dtype
             spec = TensorSpec(name, shape, dtype)
             if merging:
-                value = self._merged(module, prefix, key, merging, spec)
+                value, pieces = self._merged(module, prefix, key, merging, spec)
             else:
-                value = self._plain(parameter, quantized, spec)
+                value, pieces = self._plain(parameter, quantized, spec)
             identity = (id(parameter), *map(signature, merging))
-            yield Parameter(spec, identity, tuple(path for path, _ in layers), quantized, value)
+            yield Parameter(spec, identity, tuple(path for path, _ in layers), quantized, value, pieces)
         scales = module.scale_name if isinstance(module, Fp8Linear) else None
         for key, buffer in module._buffers.items():
             if key != scales and buffer is not None and key not in module._non_persistent_buffers_set:
                 name = f"{prefix}{key}"
                 spec = TensorSpec(name, tuple(buffer.shape), self._target_dtype(name, buffer.dtype))
-                yield Parameter(spec, (id(buffer),), (), None, _cast(buffer, spec.dtype))
+                value = _cast(buffer, spec.dtype)
+                yield Parameter(spec, (id(buffer),), (), None, value, _as_one(value))
 
     def _target_dtype(self, name: str, current: torch.dtype) -> torch.dtype:
         if not current.is_floating_point or (current == torch.float32 and self._fp32.intersection(name.split("."))):
             return current
         return self._dtype
 
-    def _plain(
-        self, parameter: torch.Tensor, quantized: QuantizedWeight | None, spec: TensorSpec
-    ) -> Callable[[], torch.Tensor]:
+    def _plain(self, parameter: torch.Tensor, quantized: QuantizedWeight | None, spec: TensorSpec) -> _Source:
+        def dense() -> torch.Tensor:
+            return parameter.detach() if quantized is None else self._dense(spec.name, quantized)
+
         def value() -> torch.Tensor:
-            tensor = parameter.detach() if quantized is None else self._dense(spec.name, quantized)
-            return _finite(tensor.to(spec.dtype), spec.name)
+            return _finite(dense().to(spec.dtype), spec.name)
 
-        return value
+        def pieces() -> Iterator[torch.Tensor]:
+            for piece in dense().reshape(-1).split(BLOCK):
+                yield _finite(piece.to(spec.dtype), spec.name)
 
-    def _merged(
-        self, module: nn.Module, prefix: str, key: str, layers: tuple[Any, ...], spec: TensorSpec
-    ) -> Callable[[], torch.Tensor]:
+        return value, pieces
+
+    def _merged(self, module: nn.Module, prefix: str, key: str, layers: tuple[Any, ...], spec: TensorSpec) -> _Source:
         identity = (id(module), *map(id, layers))
 
         def dense(key: str, quantized: QuantizedWeight) -> torch.Tensor:
@@ -191,17 +198,32 @@ class MergedParameters:
             # A module's weight and bias are asked for one after the other and come from one merge.
             if self._recent is None or self._recent[0] != identity or key not in self._recent[1]:
                 self._recent = None
-                try:
-                    merged = merged_copy(module, layers, dense, where=spec.name, dtype=spec.dtype)
-                except torch.OutOfMemoryError:
-                    merged = merged_copy(
-                        module, layers, dense, where=spec.name, dtype=spec.dtype, device=torch.device("cpu")
-                    )
+                merged = _on_cpu_if_full(merged_copy, module, layers, dense, where=spec.name, dtype=spec.dtype)
                 self._recent = (identity, merged)
             tensor = self._recent[1].pop(key)
             return _finite(tensor.to(spec.dtype), spec.name)
 
-        return value
+        def pieces() -> Iterator[torch.Tensor]:
+            rows = _on_cpu_if_full(merged_rows, module, layers, dense, dtype=spec.dtype)
+            if rows is None:
+                yield value()
+                return
+            for block in rows:
+                yield _finite(block, spec.name)
+
+        return value, pieces
+
+
+def _on_cpu_if_full(merge: Callable[..., _Merged], *arguments: Any, **options: Any) -> _Merged:
+    """What ``merge`` gives, computed on the CPU where the device has no room for it."""
+    try:
+        return merge(*arguments, **options)
+    except torch.OutOfMemoryError:
+        return merge(*arguments, **options, device=torch.device("cpu"))
+
+
+def _as_one(value: Callable[[], torch.Tensor]) -> Callable[[], Iterable[torch.Tensor]]:
+    return lambda: (value(),)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

@@ -145,7 +145,7 @@ def test_plain_lora_merged_some_rows_at_a_time_has_the_bits_of_the_whole(tmp_pat
     monkeypatch.setattr(dense, "_plain_lora", lambda layer: False)
     save_merged(model, tmp_path / "whole")
     monkeypatch.undo()
-    monkeypatch.setattr(dense, "_BLOCK", 64 * 24)  # 24 rows of most weights, and a last block of fewer
+    monkeypatch.setattr(dense, "BLOCK", 64 * 24)  # 24 rows of most weights, and a last block of fewer
     monkeypatch.setattr(dense, "_run_merge", lambda *_: pytest.fail("plain LoRA was merged by PEFT"))
     threads = torch.get_num_threads()
     save_merged(model, tmp_path / "rows")
@@ -472,9 +472,7 @@ def test_a_module_that_would_be_left_out_is_an_error(tmp_path, monkeypatch):
 def test_verification_catches_a_wrong_weight(tmp_path, monkeypatch):
     """A delta left out changes the logits, whatever the checksums say."""
     model = adapted(make_tiny("llama"))
-    monkeypatch.setattr(
-        parameters, "merged_copy", lambda module, layers, dense, **_: {"weight": module.weight.detach().clone()}
-    )
+    monkeypatch.setattr(parameters, "merged_rows", lambda module, *_, **__: iter([module.weight.detach().clone()]))
     with pytest.raises(CheckpointError, match="computes something else"):
         save_merged(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

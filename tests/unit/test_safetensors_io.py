@@ -100,6 +100,30 @@ def test_a_tensor_that_is_not_what_was_announced(tmp_path):
         write_sharded(tmp_path, [TensorSpec("a", (2,), torch.float32)], lambda s: torch.ones(3), max_shard_size=100)
 
 
+def test_pieces_make_up_a_tensor_and_may_be_overwritten_after_the_next(tmp_path):
+    tensor = make((10, 7), torch.float32)
+    buffers = torch.empty(2, 4, 7)
+
+    def pieces(spec):
+        for turn, start in enumerate(range(0, 10, 4)):
+            rows = tensor[start : start + 4]
+            yield buffers[turn % 2][: len(rows)].copy_(rows)
+
+    written = write_sharded(tmp_path, specs_of({"a": tensor}), pieces, max_shard_size=10**9)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor)
+    assert written.checksums == {"a": checksum(tensor)}
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[torch.ones(2)], [torch.ones(2), torch.ones(2)], [torch.ones(3, dtype=torch.float16)]],
+    ids=["too-few", "too-many", "dtype"],
+)
+def test_pieces_that_are_not_what_was_announced(tmp_path, pieces):
+    with pytest.raises(CheckpointError, match="was due"):
+        write_sharded(tmp_path, [TensorSpec("a", (3,), torch.float32)], lambda s: pieces, max_shard_size=100)
+
+
 def test_two_tensors_of_one_name(tmp_path):
     spec = TensorSpec("a", (2,), torch.float32)
     with pytest.raises(CheckpointError, match="one name: a"):
