@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adamw_8bit import adamw_8bit as adamw_8bit
     from .cross_entropy import cross_entropy as cross_entropy
     from .dispatch import resolve as resolve
     from .fp8 import Fp8Matrix as Fp8Matrix
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 # Public name -> module of this package that defines it.
 _EXPORTS = {
     "resolve": "dispatch",
+    "adamw_8bit": "adamw_8bit",
     "rms_norm": "rms_norm",
     "rms_norm_fp8": "rms_norm",
     "layer_norm": "layer_norm",

@@ -26,6 +26,7 @@ MODULES = (
     "fp8",
     "fp8_operands",
     "grouped_gemm",
+    "adamw_8bit",
 )
 
 

@@ -30,7 +30,7 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import padding_free, preparation, ranks, report, rows, sharded, states, tpu
+from . import optimizers, padding_free, preparation, ranks, report, rows, sharded, states, tpu
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
 from .device_guard import DeviceGuard
@@ -131,6 +131,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     isolate_loggers(trainer)
     ranks.complete(trainer)
     sharded.install(trainer, record)
+    optimizers.install(trainer)
     figures = defer_figures(trainer)
     watch = StepWatch(trainer)
     guard = (DeviceGuard if on_xla else NonFiniteGuard)(

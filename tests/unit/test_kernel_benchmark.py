@@ -57,3 +57,13 @@ def test_every_case_is_listed_once_with_one_length_first(bench):
     assert {(case.model, case.tokens) for case in first} == {("Llama-3.1-8B", 8192)}
     order = bench.run.steps(cases, ["native", "unsloth", "torch.compile"])
     assert sorted(n for n, groups in order if "native" in groups) == list(range(len(cases)))
+
+
+def test_the_benchmark_of_the_optimizer_times_both(bench, capsys, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    # Exceptions for the weights of an optimizer hold for those at the same places in every later one.
+    monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", None)
+    bench.adamw_8bit.main(["--layers", "1", "--scale", "16", "--rank", "0", "--dtypes", "float32", "--tiles", "2x4"])
+    rows = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines() if "float32" in line]
+    ours = [["update", "ours"], ["update 2x4", "ours"], ["step", "ours"]]
+    assert rows == [["update", "bitsandbytes"], ["step", "bitsandbytes"], *ours]
