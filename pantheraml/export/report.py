@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.disk import human
-from .verify import Verification
+from .verify import Verification, greedy_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class MergeReport:
         if check is not None and check.deviation is not None:
             parts.append(
                 f"reloaded: logits deviate by {check.deviation:.2g} (at most {check.budget:.2g}: {check.note})"
+                + greedy_tokens(check.tokens)
             )
         elif check is not None:
             parts.append(f"{check.tensors} tensors read back and compared ({check.note})")

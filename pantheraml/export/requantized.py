@@ -23,7 +23,7 @@ from ..models.quantize import Flags, resolve_quantization
 from .files import SMALL_FILES, all_but, write_tokenizer
 from .methods import BNB_4BIT, TORCHAO
 from .report import MergeReport
-from .verify import ROUNDING, Verification, quiet_transformers, verify_logits
+from .verify import ROUNDING, Verification, quiet_transformers, verify_behaviour
 
 _DENSE = "merged.tmp"
 # Largest relative RMS deviation of the logits, as for compressed-tensors: of what surely has 8 bits, and of others.
@@ -167,5 +167,6 @@ def _verify(
             reloaded = kind.from_pretrained(str(folder), dtype="auto", **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError("transformers cannot load what was written", why=str(error)) from error
-    found = verify_logits(folder, model, base, reloaded, budget=budget, note=ROUNDING)
-    return Verification("reload", len(reloaded.state_dict()), found, budget, ROUNDING)
+    return verify_behaviour(
+        folder, model, base, reloaded, compared=len(reloaded.state_dict()), budget=budget, note=ROUNDING
+    )

@@ -1,10 +1,11 @@
-"""Whether a written model is the trained one: reload it with plain transformers and compare weights and logits."""
+"""Whether a written model is the trained one: reload it with plain transformers, and compare what it holds and does."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,13 @@ _LOGIT_BUDGET = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, 
 # Merging onto the 16-bit base takes the quantisation error (10 % of each weight for nf4) out of the model, so that its
 # logits rightly differ from those seen in training. What a wrong model shows is 1.0 and more.
 _QUANTIZED_LOGIT_BUDGET = 0.8
+_GREEDY = 16  # tokens that the trained model appends to the sequence
+# Another token is as good while the trained model's own is ahead by at most this times the deviation that is allowed:
+# roundings of two logits among thousands, of which the largest count.
+_CLOSE_CHOICE = 4.0
 _MEMORY_FACTOR = 1.2
 ROUNDING = "rounding to the format"
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class Verification:
             disk and compared with what was to be written, because a second copy of the model does not fit).
         tensors: Tensors that were compared bit by bit.
         deviation: Relative RMS deviation of the logits from the trained model's, None without a reload.
+        tokens: How many tokens were compared that the trained model chooses greedily, and how many of them the written
+            one chooses before it first differs; None without a reload, or for models that do not generate.
         budget: The largest deviation allowed.
         note: What the budget allows for.
     """
@@ -50,6 +58,12 @@ class Verification:
     deviation: float | None = None
     budget: float | None = None
     note: str = ""
+    tokens: tuple[int, int] | None = None
+
+
+def greedy_tokens(tokens: tuple[int, int] | None) -> str:
+    """What a summary says of the tokens compared; see ``Verification``."""
+    return f", the first {tokens[1]} of {tokens[0]} greedy tokens are the same" if tokens is not None else ""
 
 
 def sample_inputs(base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -91,6 +105,108 @@ def deviation(candidate: torch.Tensor, reference: torch.Tensor) -> float:
     scale = (reference - reference.mean(dim=-1, keepdim=True)).norm() if reference.shape[-1] > 1 else reference.norm()
     result = float((candidate - reference).norm() / scale.clamp_min(1e-12))
     return result if math.isfinite(result) else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What a model computes from one short sequence, of which it chose the end itself.
+
+    Attributes:
+        inputs: The sequence.
+        logits: Its logits, [1, length, vocabulary].
+        generates: Whether it chose the last tokens, greedily; False for models that do not generate.
+        banned: Ids that are no choice: they stand for images and sounds that are not there.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    generates: bool
+    banned: list[int]
+
+    def choosable(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [count, vocabulary] from which the tokens at the end are chosen."""
+        rows = logits[0, -1 - _GREEDY : -1].clone()
+        rows[:, [token for token in self.banned if token < rows.shape[-1]]] = -math.inf
+        return rows
+
+
+def behaviour_of(model: nn.Module, base: PreTrainedModel) -> Behaviour:
+    """Let ``model`` continue a fixed sequence greedily.
+
+    All tokens are guessed at once and replaced by the model's choices until these stay: each pass settles at least one
+    more, and every pass has the same shape, which compiled models need.
+
+    Args:
+        model: The model, with its adapters.
+        base: The transformers model inside it.
+    """
+    inputs = sample_inputs(base)
+    if not base.can_generate():
+        return Behaviour(inputs, logits_of(model, inputs), False, [])
+    settings = base.config.to_dict() | base.config.get_text_config().to_dict()
+    banned = [token for key, token in settings.items() if _PLACEHOLDER.fullmatch(key) and isinstance(token, int)]
+    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    start = inputs[name]
+    choices = torch.zeros(_GREEDY, dtype=start.dtype)
+    for _ in range(_GREEDY + 1):
+        guess, inputs[name] = choices, torch.cat([start, choices[None]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        found = Behaviour(inputs, logits_of(model, inputs), True, banned)
+        choices = found.choosable(found.logits).argmax(-1)
+        if torch.equal(choices, guess):
+            break
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How near a model comes to another.
+
+    Attributes:
+        deviation: Relative RMS deviation of its logits.
+        tokens: How many greedy tokens were compared, and how many it chooses before it first differs; None for models
+            that do not generate.
+        problem: What is further off than it may be; None where all is well.
+    """
+
+    deviation: float
+    tokens: tuple[int, int] | None = None
+    problem: str | None = None
+
+
+def agreement(reference: Behaviour, model: nn.Module, *, budget: float, note: str) -> Agreement:
+    """Compare the logits and greedy tokens of ``model`` with those of another, from the same sequence.
+
+    Another token is right where the two were as good as equally likely.
+
+    Args:
+        reference: What the other computes.
+        model: The one to compare.
+        budget: Largest relative RMS deviation of the logits.
+        note: What the budget allows for.
+    """
+    logits = logits_of(model, reference.inputs)
+    found = deviation(logits, reference.logits)
+    if not found <= budget:
+        return Agreement(
+            found, None, f"its logits deviate by {found:.3g} (relative RMS); {budget:.3g} is allowed for {note}"
+        )
+    if not reference.generates:
+        return Agreement(found)
+    due, got = reference.choosable(reference.logits), reference.choosable(logits).argmax(-1)
+    best = due.argmax(-1)
+    spread = float((reference.logits - reference.logits.mean(-1, keepdim=True)).square().mean().sqrt())
+    lead = (due.gather(1, best[:, None]) - due.gather(1, got[:, None]))[:, 0] / max(spread, 1e-12)
+    differs = (best != got).nonzero()[:, 0].tolist()
+    tokens = (len(got), differs[0] if differs else len(got))
+    worst, allowed = int(lead.argmax()), _CLOSE_CHOICE * budget
+    if float(lead[worst]) <= allowed:
+        return Agreement(found, tokens)
+    why = (
+        f"after the same {worst} greedy tokens it chooses {int(got[worst])}, and the trained model {int(best[worst])}, "
+        f"which is ahead by {float(lead[worst]):.3g} of the spread of its logits; {allowed:.3g} is allowed for {note}"
+    )
+    return Agreement(found, tokens, why)
 
 
 @contextlib.contextmanager
@@ -195,34 +311,37 @@ def verify_merged(
     note = "the quantisation error that the 16-bit base does not have" if changed_base else f"rounding in {coarsest}"
     if rounding is not None:
         budget, note = max(budget, rounding), ROUNDING + (f", and {note}" if changed_base else "")
-    found = verify_logits(directory, model, base, reloaded, budget=budget, note=note)
-    return Verification("reload", len(in_memory), found, budget, note)
+    return verify_behaviour(directory, model, base, reloaded, compared=len(in_memory), budget=budget, note=note)
 
 
-def verify_logits(
-    directory: Path, model: nn.Module, base: PreTrainedModel, reloaded: nn.Module, *, budget: float, note: str
-) -> float:
-    """Compare the logits of a reloaded model with those of the trained one, and return their relative RMS deviation.
+def verify_behaviour(
+    directory: Path,
+    model: nn.Module,
+    base: PreTrainedModel,
+    reloaded: nn.Module,
+    *,
+    compared: int,
+    budget: float,
+    note: str,
+) -> Verification:
+    """Compare the logits and greedy tokens of a reloaded model with those of the trained one.
 
     Args:
         directory: Where it was loaded from, for messages.
         model: The trained model, with its adapters.
         base: The transformers model inside it.
         reloaded: What was written.
-        budget: Largest deviation.
+        compared: Tensors that were compared already.
+        budget: Largest relative RMS deviation of the logits.
         note: What the budget allows for.
 
     Raises:
         CheckpointError: they are further apart.
     """
-    inputs = sample_inputs(base)
     with quiet_transformers():  # some formats are unpacked in the first forward, with bars
-        candidate = logits_of(reloaded, inputs)
-    found = deviation(candidate, logits_of(model, inputs))
-    if not found <= budget:
+        found = agreement(behaviour_of(model, base), reloaded, budget=budget, note=note)
+    if found.problem is not None:
         raise CheckpointError(
-            "the reloaded model computes something else than the trained one",
-            where=str(directory),
-            why=f"its logits deviate by {found:.3g} (relative RMS); {budget:.3g} is allowed for {note}",
+            "the reloaded model computes something else than the trained one", where=str(directory), why=found.problem
         )
-    return found
+    return Verification("reload", compared, found.deviation, budget, note, found.tokens)

@@ -21,6 +21,7 @@ gguf = pytest.importorskip("gguf")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
+from pantheraml.export import verify  # noqa: E402
 from pantheraml.export.gguf import check, convert, tensors, writer  # noqa: E402
 from pantheraml.export.gguf.families import FAMILIES  # noqa: E402
 from pantheraml.export.gguf.metadata import rope_tensors  # noqa: E402
@@ -161,7 +162,7 @@ def sentencepiece_like():
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_family_is_written_and_verified(family, tmp_path, tokenizer):
+def test_every_family_is_written_and_verified(family, tmp_path, tokenizer, capsys):
     model = tiny(family)
     types = ["f32", "f16", "bf16", "q8_0", "q4_0"]
     result = facade.save_pretrained_gguf(model, tmp_path / "m", tokenizer, quantization_method=types)
@@ -174,6 +175,8 @@ def test_every_family_is_written_and_verified(family, tmp_path, tokenizer):
     assert reader.get_field("general.architecture").contents() == FAMILIES[family].arch
     assert reader.get_field("tokenizer.chat_template").contents() == tokenizer.chat_template
     read = reload if FAMILIES[family].reload_as is not None else rebuild
+    if read is reload:
+        assert capsys.readouterr().err.count("the first 16 of 16 greedy tokens are the same") >= 2  # f32, and the near
     reference = logits(model)
     torch.testing.assert_close(logits(read(files[0], model)), reference, rtol=1e-4, atol=1e-4)
     # Measured: 0.001, 0.009, 0.03 and 0.36 for the six layers of gemma3, less for the others.
@@ -383,6 +386,24 @@ def test_a_spoiled_file_never_gets_its_name(name, tmp_path, tokenizer, monkeypat
     assert [entry.name for entry in tmp_path.iterdir()] == ["m_gguf"]
     assert [entry.name for entry in earlier.iterdir()] == ["m.F32.gguf"]
     assert (earlier / "m.F32.gguf").read_bytes() == b"earlier"
+
+
+def test_a_wrong_greedy_token_never_gets_its_name(tmp_path, tokenizer, monkeypatch):
+    """The loaded file's model alone gets a logit that is nothing to the RMS of all."""
+    real, models = verify.logits_of, []
+
+    def changed(model, inputs):
+        logits = real(model, inputs)
+        if not any(model is one for one in models):
+            models.append(model)
+        if len(models) == 4:  # after the trained one, the merged folder's, and the same in 32 bit for the file
+            logits[0, -3, 300] = logits[0, -3].max() + 4 * logits.std()
+        return logits
+
+    monkeypatch.setattr(verify, "logits_of", changed)
+    with pytest.raises(CheckpointError, match="after the same 14 greedy tokens it chooses 300"):
+        facade.save_pretrained_gguf(tiny("llama"), tmp_path / "m", tokenizer, "q8_0")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_is_told_before_writing(tmp_path, tokenizer, monkeypatch):

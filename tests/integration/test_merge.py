@@ -116,6 +116,7 @@ def test_merged_model_equals_the_adapted_one_in_fp32(tmp_path, case):
     assert plain.config.tie_word_embeddings is bool(overrides.get("tie_word_embeddings"))
     assert report.verification.method == "reload"
     assert report.verification.deviation < 1e-5
+    assert report.verification.tokens == (16, 16)
     assert report.merged_modules == len(parameters.adapter_modules(parameters.unwrapped(model)))
     assert (report.merged_modules == 0) == (config is None)
     for name, parameter in model.named_parameters():
@@ -193,7 +194,8 @@ def test_resized_vocabulary(tmp_path):
 def test_sequence_classification(tmp_path, tiny_llama_dir):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, num_labels=3)
     model = adapted(base, task_type="SEQ_CLS", target_modules=["q_proj"])
-    save_merged(model, tmp_path / "out")
+    report = save_merged(model, tmp_path / "out")
+    assert report.verification.tokens is None
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
 
@@ -478,6 +480,22 @@ def test_verification_catches_a_wrong_weight(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     save_merged(model, tmp_path / "out", verify=False)
     assert (tmp_path / "out").is_dir()
+
+
+def test_verification_catches_a_wrong_greedy_token(tmp_path, monkeypatch):
+    """One logit of ten thousand is nothing to their RMS, and another token to who reads it."""
+    model, real = adapted(make_tiny("llama", dtype=torch.bfloat16)), verify.logits_of
+
+    def changed(which, inputs):
+        found = real(which, inputs)
+        if which is not model:
+            found[0, -5, 300] = found[0, -5].max() + 4 * found.std()
+        return found
+
+    monkeypatch.setattr(verify, "logits_of", changed)
+    with pytest.raises(CheckpointError, match=r"after the same 12 greedy tokens it chooses 300"):
+        save_merged(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verification_catches_what_the_disk_changed(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...errors import CheckpointError
-from ..verify import deviation, logits_of, quiet_transformers, sample_inputs
+from ..verify import Agreement, Behaviour, agreement, behaviour_of, greedy_tokens, quiet_transformers
 from .families import Family, rope
 from .greedy import greedy_ids
 from .metadata import hyper_parameters
@@ -43,6 +43,7 @@ class FileCheck:
         tensors: Number of tensors compared.
         worst: Largest relative RMS error of a tensor.
         deviation: Relative RMS deviation of the logits; None without a reload.
+        tokens: How many greedy tokens were compared, and how many were the same before one differed.
         note: Why there was no reload.
     """
 
@@ -50,12 +51,13 @@ class FileCheck:
     tensors: int
     worst: float
     deviation: float | None = None
+    tokens: tuple[int, int] | None = None
     note: str = ""
 
     def summary(self) -> str:
         """A few words for people."""
         if self.deviation is not None:
-            return f"reloaded by transformers: logits deviate by {self.deviation:.2g}"
+            return f"reloaded by transformers: logits deviate by {self.deviation:.2g}{greedy_tokens(self.tokens)}"
         return f"{self.tensors} tensors and the settings read back and compared ({self.note})"
 
 
@@ -83,7 +85,7 @@ class Checker:
         self._folder, self._config, self._family = folder, config, family
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._tokenizer, self._written = tokenizer, written
-        self._reference: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
+        self._reference: Behaviour | None = None
 
     def check(self, path: Path, wanted: FileType) -> FileCheck:
         """Check one file.
@@ -105,7 +107,8 @@ class Checker:
         size = 4 * sum(math.prod(tensor.shape) for tensor in self._tensors.values())
         if psutil.virtual_memory().available < _HELD * size:
             return FileCheck("tensors", count, worst, note="there is not enough memory to load it")
-        return FileCheck("reload", count, worst, self._check_logits(path, wanted))
+        found = self._check_behaviour(path, wanted)
+        return FileCheck("reload", count, worst, found.deviation, found.tokens)
 
     def _check_settings(self, reader: gguf.GGUFReader, path: Path) -> None:
         for key, (_, value) in hyper_parameters(self._config, self._family).items():
@@ -170,8 +173,8 @@ class Checker:
                 why=f"from token {place}: {found[place : place + 5]}, not {expected[place : place + 5]}",
             )
 
-    def _check_logits(self, path: Path, wanted: FileType) -> float:
-        inputs, reference = self._reference or self._compute_reference()
+    def _check_behaviour(self, path: Path, wanted: FileType) -> Agreement:
+        reference = self._reference or self._compute_reference()
         with quiet_transformers():
             try:
                 config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
@@ -187,22 +190,17 @@ class Checker:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError("transformers cannot load the file", where=path.name, why=str(error)) from error
-        found = deviation(logits_of(model, inputs), reference)
-        if not found <= wanted.logits:
-            raise CheckpointError(
-                "the model in the file computes something else",
-                where=path.name,
-                why=f"its logits deviate by {found:.3g} (relative RMS); {wanted.name} may by {wanted.logits:.3g}",
-            )
+        found = agreement(reference, model, budget=wanted.logits, note=wanted.name)
+        if found.problem is not None:
+            raise CheckpointError("the model in the file computes something else", where=path.name, why=found.problem)
         return found
 
-    def _compute_reference(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _compute_reference(self) -> Behaviour:
         with quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 str(self._folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
-        inputs = sample_inputs(model)
-        self._reference = (inputs, logits_of(model, inputs))
+        self._reference = behaviour_of(model, model)
         return self._reference
 
     def _compare_config(self, found: Any, path: Path) -> None:
