@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; ``pantheraml --help`` lists them.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # The flags may be given their command's name.
+        arguments = arguments[1:]
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     parser = build_parser(command)
     if command == "train" and not arguments:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .. import __version__, env, log
 from ..data import formats, raw_text, sources
@@ -18,6 +18,7 @@ from ..data.formats import Kind
 from ..data.mixture import mix
 from ..data.rows import Rejections
 from ..data.sources import Loaded
+from ..data.streams import Stream, open_stream
 from ..device import require
 from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
 from ..export.gguf.types import resolve_types
@@ -40,7 +41,7 @@ _REJECTED_FILE = "rejected.jsonl"
 class Rows:
     """Checked rows that still need the tokenizer."""
 
-    dataset: Dataset
+    dataset: Dataset | IterableDataset
     kind: Kind
     documents: bool
     description: str
@@ -67,13 +68,15 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     checkpoint = _checkpoint(args)
     max_seq_length = _max_seq_length(args)
     weights = _weights(args)
-    parts = _training_rows(args, output)
+    parts, streams = _training_rows(args, output)
     held_out = _eval_rows(args, output)
     model, tokenizer = _load(args, max_seq_length)
     train_set = _mixed([_finished(rows, tokenizer, args, max_seq_length, output) for rows in parts], weights, args)
     eval_set = _finished(held_out, tokenizer, args, max_seq_length, output) if held_out else None
     trainer = _trainer(args, model, tokenizer, train_set, eval_set, reporters, max_seq_length)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if streams:
+        _tell_rejected(args, streams, output)
     metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
     if eval_set is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if isinstance(v, int | float)}
@@ -178,8 +181,9 @@ def _max_seq_length(args: argparse.Namespace) -> int:
     return min(args.max_seq_length, maximum)
 
 
-def _read(args: argparse.Namespace, spec: str, split: str, output: Output) -> tuple[Loaded, Rows]:
-    loaded = sources.load(
+def _read(args: argparse.Namespace, spec: str, split: str, output: Output) -> tuple[Loaded | Stream, Rows]:
+    open_source = open_stream if args.streaming else sources.load
+    source = open_source(
         spec,
         split=split,
         config=args.dataset_config,
@@ -188,12 +192,17 @@ def _read(args: argparse.Namespace, spec: str, split: str, output: Output) -> tu
     )
     overrides = {part: getattr(args, f"{part}_column") for part in _COLUMN_PARTS}
     overrides["format"] = None if args.format == "auto" else args.format
-    format = formats.detect(loaded.dataset, overrides=overrides, where=spec)
-    checked = formats.check(loaded.dataset, format, rejections=loaded.rejections, origin=loaded.origin, where=spec)
-    output.say(f"Data: {loaded.description}")
-    output.say(f"Columns: {', '.join(loaded.dataset.column_names)}")
+    known = source.head() if isinstance(source, Stream) else source.dataset
+    format = formats.detect(known, overrides=overrides, where=spec)
+    if isinstance(source, Stream):
+        checked: Dataset | IterableDataset = source.checked(format)
+    else:
+        checked = formats.check(known, format, rejections=source.rejections, origin=source.origin, where=spec)
+    output.say(f"Data: {source.description}")
+    output.say(f"Columns: {', '.join(known.column_names)}")
     output.say(f"Format: {format}")
-    return loaded, Rows(checked, format.kind, loaded.documents, loaded.description)
+    documents = isinstance(source, Loaded) and source.documents
+    return source, Rows(checked, format.kind, documents, source.description)
 
 
 def _weights(args: argparse.Namespace) -> list[float]:
@@ -212,29 +221,44 @@ def _weights(args: argparse.Namespace) -> list[float]:
     return weights
 
 
-def _training_rows(args: argparse.Namespace, output: Output) -> list[Rows]:
+def _training_rows(args: argparse.Namespace, output: Output) -> tuple[list[Rows], list[Stream]]:
     """The rows of each data set that is trained on; bad ones that are tolerated go to ``rejected.jsonl``."""
     if args.raw_text_file:
-        return [_raw_text(args, output)]
-    loaded, parts = zip(*(_read(args, name, args.train_split, output) for name in _names(args)), strict=True)
-    rejected = Rejections(args.max_bad_fraction)
-    for part in loaded:
-        rejected.extend(part.rejections)
-    if len(rejected) and env.rank() == 0:
-        path = Path(args.output_dir) / _REJECTED_FILE
-        rejected.write(path)
-        output.say(f"Dropped {len(rejected)} of {rejected.total} rows, see {path}")
+        return [_raw_text(args, output)], []
+    read, parts = zip(*(_read(args, name, args.train_split, output) for name in _names(args)), strict=True)
     kinds = dict.fromkeys(rows.kind for rows in parts)
-    output.note(rows=sum(len(rows.dataset) for rows in parts), rejected=len(rejected), format=", ".join(kinds))
-    return list(parts)
+    path = Path(args.output_dir) / _REJECTED_FILE
+    streams = [source for source in read if isinstance(source, Stream)]
+    rejected = Rejections(args.max_bad_fraction)
+    for source in read:
+        if isinstance(source, Loaded):
+            rejected.extend(source.rejections)
+    if env.rank() == 0:
+        if streams:
+            path.unlink(missing_ok=True)
+        for stream in streams:
+            stream.write_rejected(path)
+        if len(rejected):
+            rejected.write(path)
+            output.say(f"Dropped {len(rejected)} of {rejected.total} rows, see {path}")
+    count = None if streams else sum(len(rows.dataset) for rows in parts if isinstance(rows.dataset, Dataset))
+    output.note(rows=count, rejected=len(rejected), format=", ".join(kinds))
+    return list(parts), streams
 
 
-def _mixed(parts: list[Dataset], weights: list[float], args: argparse.Namespace) -> Dataset:
+def _tell_rejected(args: argparse.Namespace, streams: list[Stream], output: Output) -> None:
+    count = sum(stream.rejected for stream in streams)
+    output.note(rejected=count)
+    if count:
+        output.say(f"Dropped {count} rows, see {Path(args.output_dir) / _REJECTED_FILE}")
+
+
+def _mixed(parts: list[Any], weights: list[float], args: argparse.Namespace) -> Dataset | IterableDataset:
     if len(parts) == 1:
         return parts[0]
     mixed = mix(parts, weights, seed=args.seed, stop=args.mix_stop)
     shares = ", ".join(f"{weight / sum(weights):.0%} of {name}" for weight, name in zip(weights, _names(args)))
-    log.info(f"{len(mixed):,} rows are drawn: {shares}")
+    log.info(f"{'' if args.streaming else f'{len(mixed):,} '}rows are drawn: {shares}")
     return mixed
 
 
@@ -311,7 +335,12 @@ def _loftq(text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _finished(rows: Rows, tokenizer: Any, args: argparse.Namespace, max_seq_length: int, output: Output) -> Dataset:
+def _finished(
+    rows: Rows, tokenizer: Any, args: argparse.Namespace, max_seq_length: int, output: Output
+) -> Dataset | IterableDataset:
+    if isinstance(rows.dataset, IterableDataset):
+        stream = formats.render_stream(rows.dataset, rows.kind, tokenizer)
+        return stream.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer) if args.shuffle_buffer else stream
     if not rows.documents:
         return formats.render(rows.dataset, rows.kind, tokenizer)
     size, stride = args.chunk_size, args.stride
@@ -332,8 +361,8 @@ def _trainer(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Any,
-    train_set: Dataset,
-    eval_set: Dataset | None,
+    train_set: Dataset | IterableDataset,
+    eval_set: Dataset | IterableDataset | None,
     reporters: list[str],
     max_seq_length: int,
 ) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import Dataset, Features
+from datasets import Dataset, Features, IterableDataset
 
 from ..errors import ConfigError, DataError
 from . import chats
@@ -246,7 +246,13 @@ _CHECKS: dict[str, Callable[[Row, Mapping[str, str]], Row]] = {
 }
 
 
-def _rebuild(rows: Iterable[Row], description: str) -> Dataset:
+def row_check(format: Format) -> Callable[[Row], Row]:
+    """A function that brings one row to the canonical columns and roles, or raises ``BadRowError``."""
+    check, columns = _CHECKS[format.kind], format.columns
+    return lambda row: check(row, columns)
+
+
+def from_rows(rows: Iterable[Row], description: str | None = None) -> Dataset:
     """Make a data set of rows a batch at a time, so that only one batch exists as Python objects."""
 
     def tables() -> Iterator[pa.Table]:
@@ -350,17 +356,17 @@ def check(
         names = {format.columns[part]: part for part in PARTS[format.kind][0]}
         canonical = cast("Dataset", dataset.select_columns(list(names)))
         return canonical.rename_columns({name: part for name, part in names.items() if name != part})
-    row_check = _CHECKS[format.kind]
+    checked_row = row_check(format)
 
     def good_rows() -> Iterator[Row]:
         for index, row in enumerate(_rows(dataset)):
             try:
-                yield row_check(row, format.columns)
+                yield checked_row(row)
             except BadRowError as error:
                 rejections.add(origin(index) if origin else f"row {index + 1}", str(error), row)
 
     try:
-        checked = _rebuild(good_rows(), "Checking rows")
+        checked = from_rows(good_rows(), "Checking rows")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             "rows mix text prompts and message lists", where=where, why=str(error), hint="keep one kind"
@@ -391,7 +397,30 @@ def to_training_rows(dataset: Dataset, format: Format, tokenizer: Any) -> Datase
 
 def render(checked: Dataset, kind: Kind, tokenizer: Any) -> Dataset:
     """Turn rows that ``check`` returned into what ``SFTTrainer`` takes; see ``to_training_rows``."""
-    conversational = kind == "messages" or (kind == "prompt_completion" and isinstance(checked[0]["prompt"], list))
+    to_text = _renderer(next(iter(checked), {}), kind, tokenizer)
+    if to_text is None:
+        return checked
+    if kind == "alpaca":
+        return from_rows(map(to_text, _rows(checked)), "Rendering rows")
+    end = tokenizer.eos_token
+    tables = cast("Iterator[pa.Table]", checked.with_format("arrow", columns=["text"]).iter(batch_size=_BATCH))
+    return stored((pa.table({"text": _ended(table.column("text"), end)}) for table in tables), "Rendering rows")
+
+
+def render_stream(checked: IterableDataset, kind: Kind, tokenizer: Any) -> IterableDataset:
+    """Turn a stream of checked rows into what ``SFTTrainer`` takes; see ``to_training_rows``."""
+    to_text = _renderer(next(iter(checked), {}), kind, tokenizer)
+    if to_text is None:
+        return checked
+    # All rows have all columns, since a batch of a stream has those of its first row.
+    more = {TYPED: None} if kind == "alpaca" else {}
+    required, optional = PARTS[kind]
+    return checked.map(lambda row: more | to_text(row), remove_columns=[*required, *optional])
+
+
+def _renderer(first: Any, kind: Kind, tokenizer: Any) -> Callable[[Row], Row] | None:
+    """A function from a row to its text; None where rows are taken as they are."""
+    conversational = kind == "messages" or (kind == "prompt_completion" and isinstance(first.get("prompt"), list))
     if conversational and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the data are chats and the tokenizer has no chat template",
@@ -401,17 +430,15 @@ def render(checked: Dataset, kind: Kind, tokenizer: Any) -> Dataset:
             "completion",
         )
     if kind not in ("alpaca", "text"):
-        return checked
+        return None
     end = getattr(tokenizer, "eos_token", None)
     if not end:
         raise DataError(
             "the tokenizer has no end-of-sequence token", where="tokenizer.eos_token", hint="set tokenizer.eos_token"
         )
-    if kind == "text":
-        tables = cast("Iterator[pa.Table]", checked.with_format("arrow", columns=["text"]).iter(batch_size=_BATCH))
-        return stored((pa.table({"text": _ended(table.column("text"), end)}) for table in tables), "Rendering rows")
-    rows = map(functools.partial(_alpaca_text, control=control_of(tokenizer), end=end), _rows(checked))
-    return _rebuild(rows, "Rendering rows")
+    if kind == "alpaca":
+        return functools.partial(_alpaca_text, control=control_of(tokenizer), end=end)
+    return lambda row: {"text": row["text"] if row["text"].endswith(end) else row["text"] + end}
 
 
 def _alpaca_text(row: Row, control: TypedControl, end: str) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import re
 from array import array
 from collections import Counter
@@ -21,6 +22,8 @@ from ..errors import ConfigError, DataError
 from . import readers
 from .rows import Rejections, Row, type_name
 from .stored import stored
+
+NumberedBatch = list[tuple[int, Row]]
 
 SUFFIXES = (*readers.READERS, ".parquet")
 _BATCH = 1000
@@ -126,15 +129,9 @@ def load(
         ConfigError: ``split`` or ``max_bad_fraction`` cannot be understood.
     """
     rejections = Rejections(max_bad_fraction)
-    path = Path(spec).expanduser()
-    if path.exists():
+    path = local_path(spec)
+    if path is not None:
         loaded = _load_local(path, split, rejections)
-    elif looks_local(str(spec)):
-        raise DataError(
-            f"there is no data file {str(spec)!r}",
-            where=str(path.absolute()),
-            hint="check the path; a hub data set is named like 'owner/name'",
-        )
     else:
         loaded = _load_hub(str(spec), split, config, token, rejections)
     rejections.check(str(spec))
@@ -146,6 +143,24 @@ def load(
             hint="give a data set with at least one row",
         )
     return loaded
+
+
+def local_path(spec: str | Path) -> Path | None:
+    """The file or folder that ``spec`` names; None where it names a hub data set.
+
+    Raises:
+        DataError: it can only mean a path, and nothing is there.
+    """
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    if looks_local(str(spec)):
+        raise DataError(
+            f"there is no data file {str(spec)!r}",
+            where=str(path.absolute()),
+            hint="check the path; a hub data set is named like 'owner/name'",
+        )
+    return None
 
 
 def load_text(path: str | Path) -> Loaded:
@@ -185,7 +200,12 @@ def load_text(path: str | Path) -> Loaded:
     return loaded
 
 
-def _split_expression(split: str) -> re.Match[str]:
+def split_expression(split: str) -> re.Match[str]:
+    """Take ``name[start:stop]`` apart.
+
+    Raises:
+        ConfigError: it is none.
+    """
     match = _SPLIT_EXPRESSION.fullmatch(split.strip())
     if match is None:
         raise ConfigError(
@@ -196,7 +216,7 @@ def _split_expression(split: str) -> re.Match[str]:
 
 def _slice(split: str, rows: int) -> tuple[int, int]:
     """Return the half-open range of rows that ``split`` names among ``rows``."""
-    match = _split_expression(split)
+    match = split_expression(split)
     bounds = []
     for part, default in (("start", 0), ("stop", rows)):
         text = match[part]
@@ -211,17 +231,22 @@ def _load_hub(name: str, split: str, config: str | None, token: str | None, reje
     try:
         dataset = load_dataset(name, config, split=split, token=token)
     except (OSError, ValueError, HfHubHTTPError, DatasetGenerationError) as error:
-        raise DataError(
-            f"the data set {name!r} could not be loaded",
-            where=f"hub data set {name!r}, configuration {config or 'default'}, split {split!r}",
-            why=_first_line(error),
-            hint="check the name and the network, or give a local json, jsonl, csv, parquet or txt file",
-        ) from error
+        raise not_loaded(name, split, config, error) from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"the data set {name!r} has no rows under split {split!r}", hint="name one of its splits")
     rejections.total = len(dataset)
     description = f"{len(dataset)} rows of the hub data set {name} ({split})"
     return Loaded(dataset, description, None, rejections, False, Origins())
+
+
+def not_loaded(name: str, split: str, config: str | None, error: BaseException) -> DataError:
+    """What to raise where a hub data set cannot be had."""
+    return DataError(
+        f"the data set {name!r} could not be loaded",
+        where=f"hub data set {name!r}, configuration {config or 'default'}, split {split!r}",
+        why=_first_line(error),
+        hint="check the name and the network, or give a local json, jsonl, csv, parquet or txt file",
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -230,13 +255,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _load_local(path: Path, split: str, rejections: Rejections) -> Loaded:
-    saved = path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file())
-    name = _split_expression(split)["name"]
-    if saved:
-        dataset, files, origins = _load_saved(path, name), [], Origins()
+    name = split_expression(split)["name"]
+    if is_saved(path):
+        dataset, files, origins = load_saved(path, name), [], Origins()
         rejections.total = len(dataset)
     else:
-        files = _files(path, name)
+        files = data_files(path, name)
         dataset, origins = _read_files(files, rejections)
     start, stop = _slice(split, len(dataset))
     if (start, stop) != (0, len(dataset)):
@@ -248,7 +272,17 @@ def _load_local(path: Path, split: str, rejections: Rejections) -> Loaded:
     return Loaded(dataset, description, path, rejections, documents, origins)
 
 
-def _load_saved(path: Path, split: str) -> Dataset:
+def is_saved(path: Path) -> bool:
+    """Whether ``Dataset.save_to_disk`` wrote this folder."""
+    return path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file())
+
+
+def load_saved(path: Path, split: str) -> Dataset:
+    """The rows of a folder that ``Dataset.save_to_disk`` wrote.
+
+    Raises:
+        DataError: it cannot be read, or has no such split.
+    """
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowInvalid) as error:
@@ -271,7 +305,7 @@ def _split_of(path: Path, folder: Path) -> str:
     return "train"
 
 
-def _files(path: Path, split: str) -> list[Path]:
+def data_files(path: Path, split: str) -> list[Path]:
     """The data files of a path; in a folder those of one split and one kind."""
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
@@ -317,20 +351,31 @@ def _read_files(files: list[Path], rejections: Rejections) -> tuple[Dataset, Ori
 
 def _tables(files: list[Path], rejections: Rejections, origins: Origins) -> Iterator[pa.Table]:
     """The good rows of all files, some at a time."""
-    kinds = _Kinds()
+    kinds = Kinds()
     for file in files:
         origins.begin(str(file))
-        try:
+        with reading(file):
             if file.suffix.lower() == ".parquet":
                 yield from _parquet_tables(file, rejections, origins)
             else:
                 numbered = readers.READERS[file.suffix.lower()](file, rejections)
-                for batch in _batches(numbered):
-                    yield _table(file, batch, kinds, origins, rejections)
-        except pa.ArrowInvalid as error:
-            raise DataError("the file cannot be read", where=str(file), why=_first_line(error)) from error
-        except OSError as error:
-            raise DataError("the file cannot be opened", where=str(file), why=_first_line(error)) from error
+                for batch in batches(numbered):
+                    rows = fitting(file, batch, kinds, rejections)
+                    for line, _ in rows:
+                        origins.add(line)
+                    names = dict.fromkeys(name for _, row in rows for name in row)
+                    yield pa.table({name: pa.array([row.get(name) for _, row in rows]) for name in names})
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise ``DataError`` for what goes wrong with a file."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise DataError("the file cannot be read", where=str(file), why=_first_line(error)) from error
+    except OSError as error:
+        raise DataError("the file cannot be opened", where=str(file), why=_first_line(error)) from error
 
 
 def _parquet_tables(file: Path, rejections: Rejections, origins: Origins) -> Iterator[pa.Table]:
@@ -356,7 +401,7 @@ def _walk(value: Any, path: str, found: list[tuple[str, str]]) -> None:
             _walk(item, f"{path}.{key}" if path else key, found)
 
 
-class _Kinds:
+class Kinds:
     """The type of each column, also inside lists and objects: that of most rows of the first batch that has it."""
 
     def __init__(self) -> None:
@@ -386,9 +431,9 @@ class _Kinds:
         return good, bad
 
 
-def _batches(numbered: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+def batches(numbered: Iterator[tuple[int, Row]]) -> Iterator[NumberedBatch]:
     """Rows a batch at a time, so that only one batch exists as Python objects."""
-    batch: list[tuple[int, Row]] = []
+    batch: NumberedBatch = []
     letters = 0
     for item in numbered:
         batch.append(item)
@@ -407,16 +452,10 @@ def _letters(value: Any) -> int:
     return sum(map(_letters, parts))
 
 
-def _table(
-    file: Path, batch: list[tuple[int, Row]], kinds: _Kinds, origins: Origins, rejections: Rejections
-) -> pa.Table:
+def fitting(file: Path, batch: NumberedBatch, kinds: Kinds, rejections: Rejections) -> NumberedBatch:
     """Those rows of a batch whose types fit."""
     good, bad = kinds.split([row for _, row in batch])
     for index, reason in bad.items():
         line, row = batch[index]
         rejections.add(f"{file}:{line}", reason, row)
-    for index in good:
-        origins.add(batch[index][0])
-    kept = [batch[index][1] for index in good]
-    names = dict.fromkeys(name for row in kept for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in kept]) for name in names})
+    return [batch[index] for index in good]

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import log
 from ..data.encoding import Encoder
 from ..data.prepare import Counts, Cut, prepare, prepare_stream
+from ..errors import DataError
 
 # A key of ``SFTConfig.dataset_kwargs``: whether control tokens that people typed are read as such.
 PARSE_CONTROL = "parse_control_tokens"
@@ -78,6 +79,13 @@ def _prepared(dataset: Any, encoder: Encoder, args: Any, packing: bool, name: st
         _tell(counts, name)
     else:
         dataset = prepare_stream(dataset, encoder, cut)
+        if next(iter(dataset), None) is None:
+            raise DataError(
+                "no row of the stream has a token to train",
+                where=f"{name}_dataset",
+                why="what is trained of each row is cut off, or there is no row",
+                hint="raise max_length (or max_seq_length)",
+            )
     if packing:
         documents: Any = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:

@@ -229,7 +229,56 @@ def test_tolerated_rows_are_written_beside_the_output(tiny_llama_dir, files, tmp
     assert json.loads(line)["where"] == f"{path}:9"
 
 
+@pytest.mark.parametrize(
+    "name", ["alpaca.json", "chat.jsonl", "sharegpt.jsonl", "qa.csv", "text.jsonl", "rows.parquet"]
+)
+def test_streams_are_trained_on(tiny_llama_dir, files, tmp_path, capsys, name):
+    """The losses are those of the same rows read beforehand, which are all alike."""
+    losses = []
+    for number, flags in enumerate(([], ["--streaming", "--shuffle_buffer", "3"], ["--streaming", "--packing"])):
+        out = tmp_path / f"out{number}"
+        assert train(tiny_llama_dir, files / name, out, "--json", *flags) == 0
+        record = json.loads(capsys.readouterr().out)
+        losses.append(record["metrics"]["train_loss"])
+        assert record["rows"] == (None if flags else 8)
+        assert record["steps"] == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_bad_rows_of_a_stream(tiny_llama_dir, files, tmp_path, capsys):
+    path, out = files / "bad.jsonl", tmp_path / "out"
+    path.write_text(FILES["text.jsonl"] + '\n{"text": \n{"text": " "}\n' + FILES["text.jsonl"])
+    assert train(tiny_llama_dir, path, out, "--streaming", "--max_bad_fraction", "0.2", "--max_steps", "20") == 0
+    assert f"Dropped 2 rows, see {out / 'rejected.jsonl'}" in capsys.readouterr().out
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"] for line in lines] == [f"{path}:9", f"{path}:10"]
+    assert train(tiny_llama_dir, path, tmp_path / "out2", "--streaming") == 3
+    assert f"{path}:9: broken json" in capsys.readouterr().err
+    # A row beyond those that are looked at first stops the training that has begun.
+    path.write_text((FILES["text.jsonl"] + "\n") * 126 + "{\n")
+    flags = ["--streaming", "--shuffle_buffer", "0", "--max_steps", "600"]
+    assert train(tiny_llama_dir, path, tmp_path / "out3", *flags) == 3
+    assert f"{path}:1009: broken json" in capsys.readouterr().err
+
+
+def test_streams_are_mixed_and_evaluated(tiny_llama_dir, files, tmp_path, capsys):
+    flags = ["--mix", str(files / "sharegpt.jsonl"), "3", "--eval_dataset", str(files / "chat.jsonl"), "--json"]
+    assert train(tiny_llama_dir, files / "chat.jsonl", tmp_path / "out", "--streaming", *flags) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["metrics"]["eval_loss"] > 0
+    assert f"rows are drawn: 25% of {files / 'chat.jsonl'}, 75% of" in printed.err
+
+
 MISTAKES = {
+    "stream of text": ({"bad.jsonl": "", "a.txt": "x"}, ["--streaming", "--raw_text_file", "a.txt"], 2, "contradict"),
+    "epochs of a stream": ({"bad.jsonl": "{}"}, ["--streaming", "--num_train_epochs", "1"], 2, "contradict"),
+    "stream cut off": (
+        {"bad.jsonl": json.dumps({"prompt": "fox " * 300, "completion": "x"})},
+        ["--streaming"],
+        3,
+        "raise max_length",
+    ),
     "broken-line": ({"bad.jsonl": '{"text": "a"}\n{"text": \n'}, [], 3, "bad.jsonl:2: broken json"),
     "no-columns": ({"bad.jsonl": '{"a": "x", "b": "y"}'}, [], 3, "found: a, b"),
     "empty": ({"bad.jsonl": ""}, [], 3, "the data set is empty"),

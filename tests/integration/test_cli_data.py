@@ -100,6 +100,20 @@ def test_control_tokens_are_told_by_what_becomes_of_them(tmp_path, tokenizer_dir
     assert "they are read as tokens" in out
 
 
+def test_a_stream_is_looked_at_as_far_as_asked(tmp_path, tokenizer_dir, capsys):
+    rows = [{"text": "" if number == 1 else f"fox {number}"} for number in range(3000)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    flags = ("--streaming", "--max_bad_fraction", "0.1", "--json")
+    for split, count in (("train", 1000), ("train[:1500]", 1499), ("train[5:10]", 5)):
+        assert preview(path, tokenizer_dir, *flags, "--train_split", split) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["rows"], record["rejected"]) == (count, int("5" not in split[:7]))
+        assert record["data"] == f"the first {count} rows of a stream of {path}"
+    assert [row["place"] for row in record["examples"]] == [f"{path}:{number}" for number in (6, 7, 8)]
+    assert preview(path, tokenizer_dir, "--streaming") == 3
+    assert f"{path}:2: empty string" in capsys.readouterr().err
+
+
 def test_running_text_is_cut_into_chunks(tmp_path, tokenizer_dir, capsys):
     path = tmp_path / "book.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)

@@ -9,6 +9,7 @@ import os
 import datasets
 import jinja2
 import pytest
+import torch
 from conftest import build_tokenizer
 from datasets import Dataset
 
@@ -123,6 +124,26 @@ def test_packed_and_shuffled_rows_are_those_of_trl(kind, strategy, tokenizer, tm
     rows = Dataset.from_list(ROWS[kind])
     theirs, stored, _ = both(rows, tokenizer, tmp_path, completion_only="completion" in kind, **options)
     assert rows_of(stored) == rows_of(theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 48}, {"padding_free": True}], ids=str)
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion", "text"])
+def test_batches_of_a_stream_are_those_of_the_data_set(kind, options, model, tokenizer, tmp_path):
+    batches = []
+    for streaming in (False, True):
+        rows = Dataset.from_list(ROWS[kind])
+        given = {"max_steps": 3, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2} | options
+        trainer = trainer_of(model, tokenizer, rows.to_iterable_dataset() if streaming else rows, tmp_path, **given)
+        loader = trainer.get_train_dataloader()
+        batches.append([{name: torch.as_tensor(value).tolist() for name, value in batch.items()} for batch in loader])
+    assert len(batches[0]) > 1
+    assert batches[1] == batches[0]
+
+
+def test_a_stream_of_which_nothing_is_trained_is_refused(model, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"prompt": "long " * 20, "completion": "x"}] * 3).to_iterable_dataset()
+    with pytest.raises(DataError, match="no row of the stream"):
+        trainer_of(model, tokenizer, rows, tmp_path, max_length=12, max_steps=2)
 
 
 def test_the_whole_row_can_be_trained_where_there_is_a_prompt(model, tokenizer, tmp_path):

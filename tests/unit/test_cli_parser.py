@@ -92,6 +92,8 @@ ADDED = {
     "output_column": None,
     "max_bad_fraction": 0.0,
     "parse_control_tokens": False,
+    "streaming": False,
+    "shuffle_buffer": 1000,
     "mix": None,
     "mix_stop": "first_exhausted",
     "num_train_epochs": None,

@@ -224,7 +224,7 @@ def test_columns_are_checked_as_rows_are(data):
     "column", [{"messages": [CHAT] * 3}, {"text": ["a"] * 3}, {"prompt": ["a"] * 3, "completion": ["b"] * 3}]
 )
 def test_rows_that_are_canonical_are_not_made_again(column, monkeypatch):
-    monkeypatch.setattr(formats, "_rebuild", None)
+    monkeypatch.setattr(formats, "from_rows", None)
     dataset = Dataset.from_dict(column | {"more": [1] * 3})
     assert check(dataset, detect(dataset)).to_dict() == column
 

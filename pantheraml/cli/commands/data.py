@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
+
 from ...data import formats, raw_text, sources
+from ...data.formats import Format
 from ...data.preview import Example, Finding, Preview, histogram, look
+from ...data.streams import open_stream
 from ...errors import DataError
 from ...models.source import Hub, find_file, load_config, resolve_source
 from ...models.tokenizers import has_tokenizer, load_tokenizer, prepare_tokenizer
@@ -41,14 +47,34 @@ def _load_tokenizer(args: argparse.Namespace) -> tuple[Any, int]:
     return prepare_tokenizer(None, tokenizer, max_seq_length=length), length
 
 
-def _look(args: argparse.Namespace, output: Output) -> Preview:
-    bad = args.max_bad_fraction
-    loaded = sources.load(
-        args.file, split=args.train_split, config=args.dataset_config, max_bad_fraction=bad, token=args.hub_token
-    )
+@dataclass
+class _Read:
+    """Checked rows and where they came from."""
+
+    checked: Dataset
+    format: Format
+    columns: list[str]
+    description: str
+    documents: bool
+    rejected: str
+    rejected_rows: int
+    origin: Callable[[int], str]
+
+
+def _read(args: argparse.Namespace) -> _Read:
+    options = {"split": args.train_split, "config": args.dataset_config, "token": args.hub_token}
     parts = {part for required, optional in formats.PARTS.values() for part in (*required, *optional)}
     overrides = {part: getattr(args, f"{part}_column") for part in sorted(parts)}
     overrides["format"] = None if args.format == "auto" else args.format
+    if args.streaming:
+        stream = open_stream(args.file, max_bad_fraction=args.max_bad_fraction, **options)
+        head = stream.head()
+        format = formats.detect(head, overrides=overrides, where=args.file)
+        checked, places = stream.first(format)
+        description = f"the first {len(checked)} rows of {stream.description}"
+        bad = str(stream.rejected)
+        return _Read(checked, format, head.column_names, description, False, bad, stream.rejected, places.__getitem__)
+    loaded = sources.load(args.file, max_bad_fraction=args.max_bad_fraction, **options)
     format = formats.detect(loaded.dataset, overrides=overrides, where=args.file)
     dropped: list[int] = []
 
@@ -57,37 +83,57 @@ def _look(args: argparse.Namespace, output: Output) -> Preview:
         return loaded.origin(index)
 
     checked = formats.check(loaded.dataset, format, rejections=loaded.rejections, origin=rejected, where=args.file)
-    good = sorted(set(range(len(loaded.dataset))) - set(dropped))
-    output.say(f"Data: {loaded.description}")
-    output.say(f"Columns: {', '.join(loaded.dataset.column_names)}")
-    output.say(f"Format: {format}")
-    if len(loaded.rejections):
-        output.say(f"Bad rows that training drops: {len(loaded.rejections)} of {loaded.rejections.total}")
+    good = sorted(set(range(len(loaded.dataset))) - set(dropped)) if dropped else range(len(loaded.dataset))
+    bad = f"{len(loaded.rejections)} of {loaded.rejections.total}"
+    return _Read(
+        checked,
+        format,
+        loaded.dataset.column_names,
+        loaded.description,
+        loaded.documents,
+        bad,
+        len(loaded.rejections),
+        lambda index: loaded.origin(good[index]),
+    )
+
+
+def _chunk(index: int) -> str:
+    return f"chunk {index + 1}"
+
+
+def _look(args: argparse.Namespace, output: Output) -> Preview:
+    read = _read(args)
+    checked = read.checked
+    output.say(f"Data: {read.description}")
+    output.say(f"Columns: {', '.join(read.columns)}")
+    output.say(f"Format: {read.format}")
+    if read.rejected_rows:
+        output.say(f"Bad rows that training drops: {read.rejected}")
     tokenizer, max_length = _load_tokenizer(args)
-    options: dict[str, Any] = {"origin": lambda index: loaded.origin(good[index])}
-    if loaded.documents:
+    origin = read.origin
+    if read.documents:
         size = min(_MAX_LENGTH, max_length)
         stride = min(_STRIDE, size // 4)
         checked = raw_text.chunk_documents(checked["text"], tokenizer, chunk_size=size, stride=stride)
         output.say(f"Running text: {len(checked)} chunks of up to {size} tokens, {stride} shared by neighbours")
-        options = {"origin": lambda index: f"chunk {index + 1}"}
+        origin = _chunk
     output.note(
-        data=loaded.description,
-        columns=loaded.dataset.column_names,
-        format=format.kind,
-        parts=format.columns,
-        rejected=len(loaded.rejections),
+        data=read.description,
+        columns=read.columns,
+        format=read.format.kind,
+        parts=read.format.columns,
+        rejected=read.rejected_rows,
     )
     return look(
         checked,
-        format.kind,
+        read.format.kind,
         tokenizer,
         max_length=max_length,
         responses_only=args.responses_only,
         packing=args.packing,
         parse_control=args.parse_control_tokens or None,
         shown=args.rows,
-        **options,
+        origin=origin,
     )
 
 

@@ -47,7 +47,9 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     conflict("full_finetuning", _LORA_FLAGS, "full fine-tuning trains every weight and uses no LoRA")
     conflict("full_finetuning", ["load_in_4bit"], "4-bit weights cannot be trained, only adapters on top of them")
     conflict("num_train_epochs", ["max_steps"], "each of them decides how long training lasts")
+    conflict("num_train_epochs", ["streaming"], "how many rows a stream has is not known; --max_steps ends it")
     conflict("raw_text_file", _DATASET_FLAGS, "each of them names the data")
+    conflict("raw_text_file", ["streaming"], "a text file is cut into chunks as a whole")
     if not args.eval_dataset:
         conflict("raw_text_file", ["eval_split"], "running text has no splits; --eval_dataset names other data")
     for flags, release in _LATER.items():
@@ -78,6 +80,7 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
     idle = (
         ("quantization", "save_gguf", args.save_gguf or args.push_gguf),
         ("mix_stop", "mix", bool(args.mix)),
+        ("shuffle_buffer", "streaming", args.streaming),
         ("save_path", "save_model", saves or args.save_gguf),
         ("save_method", "save_model", saves or pushes),
         ("hub_path", "push_model", pushes or args.push_gguf),
