@@ -17,7 +17,7 @@ OPTIONS = {"learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 2, "per_device
 
 @pytest.fixture(autouse=True)
 def _no_exceptions_of_other_optimizers(monkeypatch):
-    """In bitsandbytes, those for the weights of one optimizer hold for the weights at the same places of every later."""
+    """In bitsandbytes, those for weights of one optimizer hold for weights at the same places of every later one."""
     monkeypatch.setattr(bitsandbytes.optim.GlobalOptimManager, "_instance", None)
 
 
