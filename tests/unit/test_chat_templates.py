@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from pantheraml.chat_templates import get_chat_template, stop_token_ids
+from pantheraml.data.replies import assistant_masks
 from pantheraml.data.templates.registry import templates
 from pantheraml.data.templates.rewrite import literal, rewrite
 from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
@@ -376,9 +377,81 @@ def test_tools_are_refused_where_the_format_has_none(name):
         render(name, [user("Add"), CALL])
 
 
-def test_mistral_refuses_tools_in_a_newer_form():
-    with pytest.raises(TemplateError, match="does not write tools"):
-        render("mistral", MISTRAL_TOOLS, tools=TOOLS, tokens=(*MISTRAL_V7, "[ARGS]"))
+# The same, with tokenizers made of the vocabulary of tekken_240911.json and the control tokens of each version.
+MISTRAL_V11 = (*MISTRAL_V7, "[ARGS]", "[CALL_ID]")
+TWO_CALLS = assistant(
+    "Both.",
+    tool_calls=[
+        {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}},
+        {"id": "abcdefgh2", "type": "function", "function": {"name": "add", "arguments": '{"a": "é"}'}},
+    ],
+)
+NEWER_TOOLS = [
+    *MISTRAL_TOOLS[:5],
+    TWO_CALLS,
+    result("3"),
+    result("It rains.") | {"tool_call_id": "abcdefgh2"},
+    assistant("It is wet."),
+]
+NEWER = {
+    "v11": (
+        '<s>[INST]Add[/INST][TOOL_CALLS]add[CALL_ID]abcdefghi[ARGS]{"a": 1}</s>'
+        "[TOOL_RESULTS]abcdefghi[TOOL_CONTENT]2[/TOOL_RESULTS]It is 2.</s>"
+        f"[AVAILABLE_TOOLS][{TOOL_JSON}][/AVAILABLE_TOOLS][INST]Again[/INST]"
+        'Both.[TOOL_CALLS]add[CALL_ID]abcdefghi[ARGS]{"a": 1}[TOOL_CALLS]add[CALL_ID]abcdefgh2[ARGS]{"a": "é"}</s>'
+        "[TOOL_RESULTS]abcdefghi[TOOL_CONTENT]3[/TOOL_RESULTS]"
+        "[TOOL_RESULTS]abcdefgh2[TOOL_CONTENT]It rains.[/TOOL_RESULTS]It is wet.</s>"
+    ),
+    "v13": (
+        f"<s>[AVAILABLE_TOOLS][{TOOL_JSON}][/AVAILABLE_TOOLS][INST]Add[/INST]"
+        '[TOOL_CALLS]add[ARGS]{"a": 1}</s>[TOOL_RESULTS]2[/TOOL_RESULTS]It is 2.</s>[INST]Again[/INST]'
+        'Both.[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]add[ARGS]{"a": "é"}</s>'
+        "[TOOL_RESULTS]3[/TOOL_RESULTS][TOOL_RESULTS]It rains.[/TOOL_RESULTS]It is wet.</s>"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "more", "own"),
+    [
+        ("v11", (), None),
+        ("v11", (), "[CALL_ID][ARGS]"),
+        ("v11", ("[THINK]", "[/THINK]"), "[CALL_ID][ARGS]"),
+        ("v13", (), "[ARGS]"),
+        ("v13", ("[THINK]", "[/THINK]"), None),
+        ("v13", ("[THINK]", "[/THINK]"), "[ARGS]"),
+    ],
+)
+def test_mistral_calls_with_arguments_are_what_mistral_common_writes(version, more, own):
+    tokenizer = tokenizer_with(*MISTRAL_V11, *more)
+    tokenizer.chat_template = own
+    tokenizer = get_chat_template(tokenizer, "mistral")
+    whole = "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]Hello.</s>[INST]Bye[/INST]Ciao.</s>"
+    for _ in range(2):  # The template that is there then is our own.
+        assert tokenizer.apply_chat_template(CHAT, tokenize=False) == whole
+        assert tokenizer.apply_chat_template(NEWER_TOOLS, tools=TOOLS, tokenize=False) == NEWER[version]
+        tokenizer = get_chat_template(tokenizer, "mistral")
+
+
+def test_mistral_thoughts_are_what_mistral_common_writes():
+    chat = [user("Hi"), assistant("Hello.", reasoning_content="hmm"), user("Bye"), assistant("Ciao.")]
+    text = "<s>[INST]Hi[/INST][THINK]hmm[/THINK]Hello.</s>[INST]Bye[/INST]Ciao.</s>"
+    assert render("mistral", chat, tokens=(*MISTRAL_V11, "[THINK]", "[/THINK]")) == text
+    assert render("mistral", chat, tokens=MISTRAL_V11) == text.replace("[THINK]hmm[/THINK]", "")
+
+
+def test_mistral_calls_are_trained_with_what_closes_them():
+    tokenizer = get_chat_template(tokenizer_with(*MISTRAL_V11, "[THINK]", "[/THINK]"), "mistral")
+    encoded = tokenizer.apply_chat_template(
+        NEWER_TOOLS, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    by_tags = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
+    _, labels = assistant_masks(NEWER_TOOLS, tokenizer, tools=TOOLS)
+    assert [label for label in labels if label != -100] == by_tags
+    assert tokenizer.decode(by_tags) == (
+        '[TOOL_CALLS]add[ARGS]{"a": 1}</s>It is 2.</s>'
+        'Both.[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]add[ARGS]{"a": "é"}</s>It is wet.</s>'
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "gpt-oss"])
