@@ -18,6 +18,7 @@ from ..device import require
 from ..errors import UnsupportedError
 from .layout import CheckpointLayout
 from .methods import COMPRESSED
+from .parameters import stacked_experts
 
 # Relative RMS deviation of the logits that rounding the weights may cause, by their bits: errors of a weight of about
 # 0.01 (int8), 0.03 (fp8) and 0.1 (4 bits) add up over layers. What a wrong model shows is 1.0 and more.
@@ -42,6 +43,7 @@ class Compression:
 
     def __init__(self, base: PreTrainedModel, layout: CheckpointLayout, method: str) -> None:
         require("compressed_tensors", what=f"save_method={method!r}")
+        refuse_experts(base)
         from compressed_tensors.compressors.format import infer_module_format
         from compressed_tensors.quantization import preset_name_to_scheme
 
@@ -118,16 +120,29 @@ class Compression:
         return {**config.model_dump(mode="json", exclude_none=True), "quant_method": "compressed-tensors"}
 
 
+def refuse_experts(base: PreTrainedModel) -> None:
+    """Refuse mixtures of experts, of which these formats would leave the largest part as it is.
+
+    Raises:
+        UnsupportedError: there are experts.
+    """
+    experts = stacked_experts(base)
+    if experts:
+        raise UnsupportedError(
+            "experts are not written in this format",
+            where=next(iter(experts)),
+            why=f"they would stay in 16 bit: {sum(p.numel() for p in experts.values()):,} of "
+            f"{sum(p.numel() for p in base.parameters()):,} weights",
+            hint="use save_method='merged_16bit', or save_pretrained_gguf",
+        )
+
+
 def _linears(base: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Stock names of the decoder's linear layers, and of those that stay as they are."""
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
     linears, ignored = [], []
     for path, module in base.named_modules():
-        if getattr(module, "num_experts", None) and any(p.ndim == 3 for p in module.parameters(recurse=False)):
-            raise UnsupportedError(
-                "experts are not written in this format", where=path, hint="use save_method='merged_16bit'"
-            )
         if not isinstance(module, nn.Linear) or "lora_" in path:
             continue
         name = path.replace(".base_layer", "")

@@ -88,6 +88,17 @@ def adapter_modules(base: nn.Module) -> set[str]:
     }
 
 
+def stacked_experts(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that hold the weights of all experts of a layer, by name."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in base.named_modules()
+        if getattr(module, "num_experts", None)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
 def _saved_adapter(wrapper: ModulesToSaveWrapper) -> str | None:
     return next((name for name in wrapper.active_adapters if name in wrapper.modules_to_save), None)
 

@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
+from .. import log
 from ..checkpoint.atomic import atomic_directory
 from ..checkpoint.disk import disk_errors, require_free
 from ..device import get_device, require
 from ..errors import ArgumentError, CheckpointError, UnsupportedError
 from ..models.quantize import Flags, resolve_quantization
+from .compressed import refuse_experts
 from .files import SMALL_FILES, all_but, write_tokenizer
 from .methods import BNB_4BIT, TORCHAO
+from .parameters import stacked_experts
 from .report import MergeReport
 from .verify import ROUNDING, Verification, quiet_transformers, verify_behaviour
 
@@ -59,6 +63,7 @@ def quantization_config(method: str, base: PreTrainedModel, dtype: torch.dtype, 
 
     Raises:
         MissingDependencyError: the package is not installed.
+        UnsupportedError: the model has experts, which torchao's own formats leave as they are.
     """
     if method == BNB_4BIT:
         config = copy.deepcopy(base.config)
@@ -72,6 +77,7 @@ def quantization_config(method: str, base: PreTrainedModel, dtype: torch.dtype, 
     import torchao.quantization
 
     if torchao_config is None:
+        refuse_experts(base)
         name, arguments = TORCHAO[method]
         torchao_config = getattr(torchao.quantization, name)(**arguments)
     return transformers.TorchAoConfig(torchao_config)
@@ -135,6 +141,7 @@ def save_requantized(
             raise UnsupportedError(
                 f"this model cannot be quantised to {method} on {device}", why=str(error), hint="use 'merged_16bit'"
             ) from error
+        _tell_experts(quantised)
         del quantised
         gc.collect()
         shutil.rmtree(temporary / _DENSE)
@@ -157,6 +164,13 @@ def save_requantized(
         verification=verification,
         seconds=time.monotonic() - start,
     )
+
+
+def _tell_experts(quantised: PreTrainedModel) -> None:
+    """Say what share of a mixture of experts was not quantised."""
+    left = sum(p.numel() for p in stacked_experts(quantised).values() if type(p) is nn.Parameter)
+    if left:
+        log.warning(f"experts are not quantised by this format: {left:,} weights stay in {quantised.dtype}")
 
 
 def _verify(

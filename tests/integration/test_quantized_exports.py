@@ -153,14 +153,42 @@ def test_a_wrong_compression_never_gets_its_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
 @QUIET
-def test_experts_are_refused(tmp_path):
-    pytest.importorskip("compressed_tensors")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    model = make_tiny("qwen3_moe", **experts)
-    with pytest.raises(UnsupportedError, match="experts are not written"):
-        save_merged(model, tmp_path / "out", save_method="fp8")
+@pytest.mark.parametrize(("method", "package"), [("fp8", "compressed_tensors"), ("torchao_int8", "torchao")])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_refused(tmp_path, family, method, package):
+    pytest.importorskip(package)
+    model = make_tiny(family, **EXPERTS[family])
+    with pytest.raises(UnsupportedError, match=r"(?s)experts are not written(.*)stay in 16 bit: \d"):
+        save_merged(model, tmp_path / "out", save_method=method)
     assert list(tmp_path.iterdir()) == []
+
+
+@QUIET
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_experts_that_stay_as_they_are_are_told(tmp_path, package, capsys):
+    pytest.importorskip(package)
+    model = make_tiny("qwen3_moe", dtype=torch.bfloat16, **SHAPE, **EXPERTS["qwen3_moe"])
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        facade.save_pretrained_torchao(model, tmp_path / "out", torchao_config=Int8WeightOnlyConfig(version=2))
+    else:
+        save_merged(model, tmp_path / "out", save_method="merged_4bit_forced")
+    count = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    assert (
+        f"experts are not quantised by this format: {count:,} weights stay in torch.bfloat16" in capsys.readouterr().err
+    )
+    model = make_tiny("llama", dtype=torch.bfloat16, **SHAPE)
+    save_merged(model, tmp_path / "dense", save_method="merged_4bit_forced")
+    assert told not in capsys.readouterr().err
 
 
 @QUIET
