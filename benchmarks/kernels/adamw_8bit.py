@@ -2,8 +2,9 @@
 
     python benchmarks/kernels/adamw_8bit.py [--dtypes bfloat16 float32] [--tiles 4x4 8x4 8x8] [--layers 16] [--rank 16]
 
-"update" is the update of every matrix, one launch each; "step" is the step of the optimizer, of which bitsandbytes
-waits for the device after every matrix. ``--tiles`` times the update for more numbers of blocks and warps a program.
+"update" is the update of every matrix, one launch each, and "update together" that of all in one launch; "step" is the
+step of the optimizer, of which bitsandbytes waits for the device after every matrix. ``--tiles`` times both updates for
+more numbers of blocks and warps a program.
 ``--rank`` times the steps for the float32 adapters of that rank as well; 0 leaves them out.
 """
 
@@ -43,6 +44,7 @@ class Matrices:
             p.grad = torch.randn_like(p) * 1e-3
         self.count = sum(p.numel() for p in self.parameters)
         # Parameters are read and written, gradients read; two codes and a 64th of two scales are read and written.
+        self.table: Any = None
         self.bytes = self.count * 3 * dtype.itemsize + self.count * 4 + self.count // 256 * 16
 
     def optimizer(self, ours: bool) -> Any:
@@ -55,16 +57,24 @@ class Matrices:
         optimizer.step()
         return optimizer
 
-    def ours(self, optimizer: Any) -> None:
+    def ours(self, optimizer: Any, together: bool = False) -> None:
         """The update of every matrix by PantheraML."""
         scalars = kernel.Scalars.of(step=100, lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
-        first = optimizer.state[self.parameters[0]]
-        books = tuple(_book(first[name], name == "qmap1") for name in ("qmap1", "qmap2"))
-        update = kernel.adamw_8bit_step if first["state1"].is_cuda else reference
+        books = optimizer._codebooks(optimizer.state[self.parameters[0]])
+        updates = []
         for p in self.parameters:
             state = optimizer.state[p]
             states, absmax = ((state[f"{name}1"], state[f"{name}2"]) for name in ("state", "absmax"))
-            update(p, p.grad, states, absmax, books, scalars)
+            updates.append(kernel.Update(p, p.grad, states, absmax))
+        if not self.parameters[0].is_cuda:
+            for update in updates:
+                reference(*update, books, scalars)
+        elif together:
+            with mock.patch.object(kernel, "ALONE", self.count + 1):
+                self.table = kernel.adamw_8bit_steps(updates, books, scalars, self.table)
+        else:
+            for update in updates:
+                kernel.adamw_8bit_step(update, books, scalars)
 
     def theirs(self, optimizer: Any) -> None:
         """The update of every matrix by bitsandbytes."""
@@ -77,29 +87,23 @@ class Matrices:
             optimizer_update_8bit_blockwise("adam", p.grad, p, s["state1"], s["state2"], *rates, *maps, 0.01)
 
 
-_BOOKS: dict[int, Any] = {}
-
-
-def _book(values: torch.Tensor, signed: bool) -> Any:
-    if id(values) not in _BOOKS:
-        _BOOKS[id(values)] = kernel.codebook(values, signed=signed)
-    return _BOOKS[id(values)]
-
-
 def calls(matrices: Matrices, tiles: list[tuple[int, int]], *, updates: bool) -> Iterator[tuple[str, str, Callable]]:
     """What is timed: its name, whose it is, and the call."""
     for who, ours in (("bitsandbytes", False), ("ours", True)):
         optimizer = matrices.optimizer(ours)
-        if updates:
-            call = functools.partial(matrices.ours if ours else matrices.theirs, optimizer)
-            yield "update", who, call
-            for rows, warps in tiles if ours else []:
+        if updates and not ours:
+            yield "update", who, functools.partial(matrices.theirs, optimizer)
+        for together in (False, True) if updates and ours else ():
+            name = "update together" if together else "update"
+            call = functools.partial(matrices.ours, optimizer, together)
+            yield name, who, call
+            for rows, warps in tiles:
 
                 def tiled(call: Callable[[], None] = call, rows: int = rows, warps: int = warps) -> None:
                     with mock.patch.multiple(kernel, ROWS=rows, NUM_WARPS=warps):
                         call()
 
-                yield f"update {rows}x{warps}", who, tiled
+                yield f"{name} {rows}x{warps}", who, tiled
         yield "step", who, optimizer.step
 
 

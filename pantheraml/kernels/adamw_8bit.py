@@ -7,7 +7,8 @@ registers: 10 bytes are moved for a 16-bit parameter. No sum is formed: determin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,8 @@ __all__ = ["BLOCK", "Codebook", "Scalars", "adamw_8bit", "codebook"]
 # Blocks a program. A warp holds a block, eight elements a thread: one 16-byte load of a 2-byte dtype.
 ROWS = 4
 NUM_WARPS = 4
+# Elements from which a parameter fills the GPU by itself, and need not be looked up in a table.
+ALONE = 1 << 23
 
 
 @jit
@@ -55,6 +58,8 @@ def _nearest(x, floors, SIGNED: tl.constexpr, TOP: tl.constexpr):
 
 @jit
 def _adamw_8bit_kernel(
+    table,
+    owners,
     p,
     gradient,
     state1,
@@ -73,12 +78,34 @@ def _adamw_8bit_kernel(
     rate,
     eps,
     keep,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TINY: tl.constexpr,
 ):
-    """``m = beta1 m + gain1 g; v = beta2 v + gain2 g²; p = keep p - rate m / (sqrt(v) + eps)`` of ``ROWS`` blocks."""
-    i_block = tl.program_id(0).to(tl.int64) * ROWS
+    """``m = beta1 m + gain1 g; v = beta2 v + gain2 g²; p = keep p - rate m / (sqrt(v) + eps)`` of ``ROWS`` blocks.
+
+    With a table, the blocks are those of the parameter in row ``owners[program]``, see ``Table``, and the pointers that
+    were given tell only their types.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    if table is not None:
+        row = table + tl.load(owners + i_program).to(tl.int64) * 8
+        p = tl.load(row).to(p.dtype)
+        gradient = tl.load(row + 1).to(gradient.dtype)
+        state1 = tl.load(row + 2).to(state1.dtype)
+        state2 = tl.load(row + 3).to(state2.dtype)
+        absmax1 = tl.load(row + 4).to(absmax1.dtype)
+        absmax2 = tl.load(row + 5).to(absmax2.dtype)
+        count = tl.load(row + 6)
+        i_program -= tl.load(row + 7)
+        if ALIGNED:
+            p = tl.multiple_of(p, 16)
+            gradient = tl.multiple_of(gradient, 16)
+            state1 = tl.multiple_of(state1, 16)
+            state2 = tl.multiple_of(state2, 16)
+            count = tl.multiple_of(count, 16)
+    i_block = i_program * ROWS
     i_start = i_block * BLOCK
     o_row = tl.arange(0, ROWS)
     offsets = o_row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -111,44 +138,113 @@ def _adamw_8bit_kernel(
     tl.store(state2 + i_start + offsets, c_2.to(tl.uint8), mask=mask)
 
 
-def adamw_8bit_step(
-    p: torch.Tensor,
-    gradient: torch.Tensor,
-    states: tuple[torch.Tensor, torch.Tensor],
-    absmax: tuple[torch.Tensor, torch.Tensor],
-    books: tuple[Codebook, Codebook],
-    scalars: Scalars,
+class Update(NamedTuple):
+    """A parameter and what its update needs; see ``adamw_8bit``."""
+
+    p: torch.Tensor
+    gradient: torch.Tensor
+    states: tuple[torch.Tensor, torch.Tensor]
+    absmax: tuple[torch.Tensor, torch.Tensor]
+
+
+class Table(NamedTuple):
+    """Where many parameters lie, for one launch.
+
+    Attributes:
+        key: What the table was made from: as long as it is the same, the table is.
+        rows: ``[parameters, 8]`` int64: addresses of parameter, gradient, states and scales, the number of elements,
+            and the first program.
+        owners: ``[programs]`` int32, the row of each.
+        aligned: Whether all addresses and numbers are multiples of 16.
+    """
+
+    key: tuple[int, ...]
+    rows: torch.Tensor
+    owners: torch.Tensor
+    aligned: bool
+
+    @classmethod
+    def of(cls, updates: Sequence[Update], last: Table | None = None) -> Table:
+        """The table of these parameters: ``last`` where it is theirs."""
+        found = [ROWS]
+        for p, gradient, (state1, state2), (absmax1, absmax2) in updates:
+            pointers = (tensor.data_ptr() for tensor in (p, gradient, state1, state2, absmax1, absmax2))
+            found += [*pointers, p.numel()]
+        key = tuple(found)
+        if last is not None and last.key == key:
+            return last
+        rows = torch.tensor(key[1:], dtype=torch.int64).view(-1, 7)
+        programs = -(-rows[:, 6] // (ROWS * BLOCK))
+        device = updates[0].p.device
+        if last is not None and (last.key[0], *last.key[7::7]) == (ROWS, *key[7::7]):
+            owners = last.owners
+        else:
+            numbers = torch.arange(len(rows), dtype=torch.int32)
+            owners = numbers.repeat_interleave(programs).to(device, non_blocking=True)
+        first = programs.cumsum(0) - programs
+        rows = torch.cat([rows, first[:, None]], 1).to(device, non_blocking=True)
+        return cls(key, rows, owners, all(value % 16 == 0 for value in key[1:]))
+
+
+def _launch(
+    update: Update, books: tuple[Codebook, Codebook], scalars: Scalars, programs: int, table: Table | None = None
 ) -> None:
-    """Launch the kernel on arguments that are right; see ``adamw_8bit``. For an optimizer, which made them."""
-    count = p.numel()
-    if not count:
-        return
+    p, gradient, (state1, state2), (absmax1, absmax2) = update
     with on_device(p):
-        _adamw_8bit_kernel[(cdiv(count, ROWS * BLOCK),)](
+        _adamw_8bit_kernel[(programs,)](
+            table=table.rows if table is not None else None,
+            owners=table.owners if table is not None else None,
             p=p,
             gradient=gradient,
-            state1=states[0],
-            state2=states[1],
-            absmax1=absmax[0],
-            absmax2=absmax[1],
+            state1=state1,
+            state2=state2,
+            absmax1=absmax1,
+            absmax2=absmax2,
             values1=books[0].values,
             values2=books[1].values,
             floors1=books[0].floors,
             floors2=books[1].floors,
-            count=count,
-            beta1=scalars.beta1,
-            beta2=scalars.beta2,
-            gain1=scalars.gain1,
-            gain2=scalars.gain2,
-            rate=scalars.rate,
-            eps=scalars.eps,
-            keep=scalars.keep,
+            count=p.numel() if table is None else None,
+            **scalars.arguments(),
+            ALIGNED=table is not None and table.aligned,
             ROWS=ROWS,
             BLOCK=BLOCK,
             TINY=TINY,
             num_warps=NUM_WARPS,
         )
-    torch.autograd.graph.increment_version(p)
+
+
+def adamw_8bit_step(update: Update, books: tuple[Codebook, Codebook], scalars: Scalars) -> None:
+    """Launch the kernel for one parameter, with arguments that are right; see ``adamw_8bit``."""
+    if update.p.numel():
+        _launch(update, books, scalars, cdiv(update.p.numel(), ROWS * BLOCK))
+        torch.autograd.graph.increment_version(update.p)
+
+
+def adamw_8bit_steps(
+    updates: Sequence[Update], books: tuple[Codebook, Codebook], scalars: Scalars, last: Table | None = None
+) -> Table | None:
+    """Update many parameters in one launch, except large ones, which get one each.
+
+    Args:
+        updates: Parameters of one dtype with gradients of one dtype, all on one device; see ``adamw_8bit``.
+        books: As in ``adamw_8bit``.
+        scalars: As in ``adamw_8bit``.
+        last: What the call before returned, which saves the table where nothing moved.
+
+    Returns:
+        The table to give to the next call.
+    """
+    together = [update for update in updates if 0 < update.p.numel() < ALONE]
+    for update in updates:
+        if update.p.numel() >= ALONE:
+            adamw_8bit_step(update, books, scalars)
+    if not together:
+        return None
+    table = Table.of(together, last)
+    _launch(together[0], books, scalars, len(table.owners), table)
+    torch.autograd.graph.increment_version([update.p for update in together])
+    return table
 
 
 def adamw_8bit(
@@ -209,22 +305,30 @@ def adamw_8bit(
     if dispatch.resolve(op, p, backend) == "reference":
         adamw_8bit_reference(p, gradient, states, absmax, books, scalars)
     else:
-        adamw_8bit_step(p, gradient, states, absmax, books, scalars)
+        adamw_8bit_step(Update(p, gradient, states, absmax), books, scalars)
 
 
 def variants() -> Iterator[Variant]:
     """Forms of the kernel for ahead-of-time compilation."""
     floats = ("absmax1", "absmax2", "values1", "values2", "floors1", "floors2")
     scalars = ("beta1", "beta2", "gain1", "gain2", "rate", "eps", "keep")
-    common = dict.fromkeys(("state1", "state2"), "*u8") | dict.fromkeys(floats, "*fp32")
-    common |= {"count": "i32"} | dict.fromkeys(scalars, "fp32")
+    common = (
+        dict.fromkeys(("state1", "state2"), "*u8") | dict.fromkeys(floats, "*fp32") | dict.fromkeys(scalars, "fp32")
+    )
+    table = {"table": "*i64", "owners": "*i32"}
+    forms = (
+        ("one", {"count": "i32"}, {"table": None, "owners": None, "ALIGNED": False}),
+        ("table", table, {"count": None, "ALIGNED": True}),
+        ("table-unaligned", table, {"count": None, "ALIGNED": False}),
+    )
     for dtype in ("fp16", "bf16", "fp32"):
-        yield Variant(
-            f"adamw_8bit-{dtype}",
-            _adamw_8bit_kernel,
-            {"p": f"*{dtype}", "gradient": f"*{dtype}"} | common,
-            {"ROWS": ROWS, "BLOCK": BLOCK, "TINY": TINY},
-            NUM_WARPS,
-            minimum=bfloat16_minimum(dtype),
-            representative=dtype == "bf16",
-        )
+        for form, arguments, constants in forms:
+            yield Variant(
+                f"adamw_8bit-{dtype}-{form}",
+                _adamw_8bit_kernel,
+                {"p": f"*{dtype}", "gradient": f"*{dtype}"} | common | arguments,
+                constants | {"ROWS": ROWS, "BLOCK": BLOCK, "TINY": TINY},
+                NUM_WARPS,
+                minimum=bfloat16_minimum(dtype),
+                representative=dtype == "bf16" and form != "table-unaligned",
+            )

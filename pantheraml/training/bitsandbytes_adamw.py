@@ -7,7 +7,7 @@ optimizer of bitsandbytes, whose embeddings keep 32 bits, by that word in the na
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
@@ -15,10 +15,50 @@ from bitsandbytes.utils import sync_gpu
 
 from .. import env
 from ..kernels import dispatch
-from ..kernels.adamw_8bit import Codebook, Scalars, adamw_8bit_step, codebook
+from ..kernels.adamw_8bit import Codebook, Scalars, Table, Update, adamw_8bit_steps, codebook
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+_Books = tuple[Codebook, Codebook]
+
+
+class _Kind(NamedTuple):
+    """What parameters of one launch have in common, beside the options. Odd sizes would make all loads narrow."""
+
+    device: torch.device
+    dtype: torch.dtype
+    gradient: torch.dtype
+    moment: int
+    square: int
+    even: bool
+    group: int
+
+
+class _Options(NamedTuple):
+    """Arguments of ``Scalars.of``."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def _fits(p: torch.Tensor, state: dict[str, Any]) -> bool:
+    """Whether a parameter, its gradient and its state are what the kernel takes."""
+    assert p.grad is not None
+    kinds = {type(p), type(p.grad)} <= _PLAIN and {p.dtype, p.grad.dtype} <= _DTYPES
+    states = state["state1"], state["state2"]
+    return kinds and all(s.dtype == torch.uint8 and s.is_contiguous() for s in states)
+
+
+def _update_of(p: torch.Tensor, state: dict[str, Any]) -> Update:
+    assert p.grad is not None
+    if not p.is_contiguous():
+        p.data = p.data.contiguous()
+    states, absmax = ((state[f"{name}1"], state[f"{name}2"]) for name in ("state", "absmax"))
+    return Update(p, p.grad.contiguous(), states, absmax)
 
 
 class AdamW(bitsandbytes.optim.AdamW):
@@ -38,6 +78,7 @@ class AdamW(bitsandbytes.optim.AdamW):
         self._backend: dispatch.Backend = backend
         # By the identity of the map, which the entry keeps alive.
         self._books: dict[int, tuple[torch.Tensor, Codebook | None]] = {}
+        self._tables: dict[_Kind, Table | None] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,58 +100,56 @@ class AdamW(bitsandbytes.optim.AdamW):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
+        batches: dict[tuple[_Kind, _Options], tuple[_Books, list[Update]]] = {}
+        served: dict[tuple[torch.device, torch.dtype], bool] = {}
         last = None
         for i_group, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
-                if not self.state[p]:
+                last, state = p, self.state[p]
+                if not state:
                     self.init_state(group, p, i_group, i)
                 self.prefetch_state(p)
-                self.update_step(group, p, i_group, i)
-                last = p
+                config = self.get_config(i_group, i, group)
+                found = None
+                if _fits(p, state) and not config["skip_zeros"]:
+                    where = p.device, p.dtype
+                    if where not in served:
+                        served[where] = self._serves(p)
+                    found = self._codebooks(state) if served[where] else None
+                if found is None:
+                    self.update_step(group, p, i_group, i)
+                    continue
+                state["step"] += 1
+                beta1, beta2 = config["betas"][:2]
+                options = _Options(state["step"], config["lr"], beta1, beta2, config["eps"], config["weight_decay"])
+                even = p.numel() % 16 == 0
+                kind = _Kind(p.device, p.dtype, p.grad.dtype, id(found[0]), id(found[1]), even, i_group)
+                batches.setdefault((kind, options), (found, []))[1].append(_update_of(p, state))
+        tables = {}
+        for (kind, options), (books, updates) in batches.items():
+            scalars = Scalars.of(**options._asdict())
+            tables[kind] = adamw_8bit_steps(updates, books, scalars, self._tables.get(kind))
+        self._tables = tables
         if self.is_paged and last is not None:
             sync_gpu(last)
         return loss
-
-    @torch.no_grad()
-    def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
-        """Update one parameter; see ``bitsandbytes.optim.optimizer.Optimizer8bit``."""
-        state, config = self.state[p], self.get_config(gindex, pindex, group)
-        books = None if config["skip_zeros"] else self._codebooks(p, state)
-        if books is None:
-            super().update_step(group, p, gindex, pindex)
-            return
-        p.data = p.data.contiguous()
-        assert p.grad is not None
-        state["step"] += 1
-        scalars = Scalars.of(
-            step=state["step"],
-            lr=config["lr"],
-            beta1=config["betas"][0],
-            beta2=config["betas"][1],
-            eps=config["eps"],
-            weight_decay=config["weight_decay"],
-        )
-        states, absmax = ((state[f"{name}1"], state[f"{name}2"]) for name in ("state", "absmax"))
-        adamw_8bit_step(p, p.grad.contiguous(), states, absmax, books, scalars)
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Load a state of this optimizer or of ``bitsandbytes.optim.AdamW``."""
         super().load_state_dict(state_dict, move_to_device)
         self._books.clear()
+        self._tables.clear()
 
-    def _codebooks(self, p: torch.Tensor, state: dict[str, Any]) -> tuple[Codebook, Codebook] | None:
-        """The codebooks of the parameter's states, or None where its update is that of bitsandbytes."""
-        first = state["state1"]
-        if first.dtype != torch.uint8 or type(p) not in _PLAIN or p.dtype not in _DTYPES:
-            return None
-        if not (first.is_contiguous() and state["state2"].is_contiguous()):
-            return None
+    def _serves(self, p: torch.Tensor) -> bool:
+        """Whether the kernel runs for parameters of this device and dtype."""
         if self._backend == "auto" and env.kernels() == "auto" and dispatch.obstacle(p) is not None:
-            return None
-        if dispatch.resolve("adamw_8bit", p, self._backend) == "reference":
-            return None
+            return False  # without the message that eager torch runs: the update of bitsandbytes does
+        return dispatch.resolve("adamw_8bit", p, self._backend) == "triton"
+
+    def _codebooks(self, state: dict[str, Any]) -> _Books | None:
+        """The codebooks of a state, or None where its maps are not those that the kernel knows."""
         moment, square = (self._book(state[name], signed=name == "qmap1") for name in ("qmap1", "qmap2"))
         return None if moment is None or square is None else (moment, square)
 

@@ -18,6 +18,7 @@ from .support import DTYPES, random
 
 functional = pytest.importorskip("bitsandbytes.functional")
 kernel = importlib.import_module("pantheraml.kernels.adamw_8bit")
+step = kernel.adamw_8bit_step
 
 SIZES = [1, 255, 256, 1000, 4096, 5 * 256 + 16]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -164,6 +165,52 @@ def test_the_kernel_is_the_reference(count, dtype, device):
         other.step(i, reference.adamw_8bit)
         assert_alike(ours, other)
     assert not torch.equal(ours.p, Run(count, dtype, device).p)
+
+
+@DTYPE
+@pytest.mark.parametrize("sizes", [[512, 4096, 16], [1000, 0, 1, 255, 1296]], ids=["aligned", "any"])
+@pytest.mark.parametrize("alone", [1 << 23, 1000], ids=["together", "large ones alone"])
+def test_many_parameters_in_one_launch(alone, sizes, dtype, device, monkeypatch):
+    monkeypatch.setattr(kernel, "ALONE", alone)
+    launched = []
+    monkeypatch.setattr(
+        kernel, "adamw_8bit_step", lambda one, *rest: launched.append(one.p.numel()) or step(one, *rest)
+    )
+    ours, other = ([Run(count, dtype, device, seed=10 * i) for i, count in enumerate(sizes)] for _ in range(2))
+    table, tables = None, []
+    for i in range(3):
+        scalars = reference.Scalars.of(step=i + 1, lr=1e-2, **OPTIONS)
+        updates = [kernel.Update(run.p, run.gradients[i], run.states, run.absmax) for run in ours]
+        table = kernel.adamw_8bit_steps(updates, ours[0].books, scalars, table)
+        tables.append(table)
+        again = kernel.Table.of([update for update in updates if 0 < update.p.numel() < alone], table)
+        assert again is table
+        for run in other:
+            run.step(i, lambda *arguments: step(kernel.Update(*arguments[:4]), *arguments[4:]))
+    for a, b in zip(ours, other):
+        assert torch.equal(a.p, b.p)
+        assert all(torch.equal(x, y) for x, y in zip((*a.states, *a.absmax), (*b.states, *b.absmax)))
+    assert launched == [count for count in sizes if count >= alone] * 3
+    assert tables[0].owners is tables[2].owners  # gradients moved, sizes did not
+    assert tables[0].rows is not tables[2].rows
+    assert tables[0].aligned == all(count % 16 == 0 for count in sizes if 0 < count < alone)
+
+
+def test_a_table_is_made_again_where_sizes_or_tiles_differ(device, monkeypatch):
+    def table(sizes, last):
+        runs = [Run(count, torch.float32, device) for count in sizes]
+        kept.append(runs)
+        updates = [kernel.Update(run.p, run.gradients[0], run.states, run.absmax) for run in runs]
+        return kernel.Table.of(updates, last)
+
+    kept = []
+    tile = kernel.ROWS * kernel.BLOCK
+    first = table([tile, 3 * tile + 1], None)
+    assert first.owners.tolist() == [0, 1, 1, 1, 1]
+    assert first.rows[:, 6:].tolist() == [[tile, 0], [3 * tile + 1, 1]]
+    assert table([tile + 1, 3 * tile], first).owners.tolist() == [0, 0, 1, 1, 1]
+    monkeypatch.setattr(kernel, "ROWS", 2 * kernel.ROWS)
+    assert table([tile, 3 * tile + 1], first).owners.tolist() == [0, 1, 1]
 
 
 def bitsandbytes_update(p, gradient, states, absmax, books, scalars, *, step, lr=1e-2, **options):

@@ -58,12 +58,12 @@ def counted(monkeypatch):
     """Sizes of the parameters that the kernel updated."""
     sizes = []
 
-    def step(p, *arguments):
-        sizes.append(p.numel())
-        return original(p, *arguments)
+    def steps(updates, *arguments):
+        sizes.extend(update.p.numel() for update in updates)
+        return original(updates, *arguments)
 
-    original = bitsandbytes_adamw.adamw_8bit_step
-    monkeypatch.setattr(bitsandbytes_adamw, "adamw_8bit_step", step)
+    original = bitsandbytes_adamw.adamw_8bit_steps
+    monkeypatch.setattr(bitsandbytes_adamw, "adamw_8bit_steps", steps)
     return sizes
 
 

@@ -61,6 +61,10 @@ class Scalars(NamedTuple):
         rate = lr * root / (1 - beta1**step)
         return cls(beta1, beta2, 1 - beta1, 1 - beta2, rate, eps * root, 1 - lr * weight_decay)
 
+    def arguments(self) -> dict[str, float]:
+        """As keyword arguments of the kernels."""
+        return {name: float(value) for name, value in zip(self._fields, self)}
+
 
 def dynamic_map(*, signed: bool) -> torch.Tensor:
     """The dynamic map ``[256]``, up to rounding: zero, the middles of ever finer parts of seven decades, and 1.
