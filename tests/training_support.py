@@ -19,13 +19,14 @@ def panthera_model(
     max_seq_length: int = 64,
     checkpointing: bool | str = "auto",
     tied: bool = False,
+    config: dict[str, int] | None = None,
     **lora_options,
 ):
     """A tiny model with a record, as loading leaves it, with LoRA adapters unless told otherwise."""
     from pantheraml.models.adapt import adapt
     from pantheraml.models.record import ModelRecord, attach_record
 
-    model = make_tiny(model_type, tie_word_embeddings=tied)
+    model = make_tiny(model_type, tie_word_embeddings=tied, **(config or {}))
     if adapted:
         record = ModelRecord(
             name="tiny",

@@ -16,7 +16,7 @@ _LENGTH = 6
 
 
 def check_isolation(trainer: Any) -> None:
-    """Run two packed documents twice, changing the first: the outputs of the second must not move.
+    """Run two packed documents twice, changing the first: the outputs of the second must not move but for rounding.
 
     Args:
         trainer: A TRL trainer whose collator joins documents into one row.
@@ -30,7 +30,8 @@ def check_isolation(trainer: Any) -> None:
     with _evaluating(trainer.model):
         outputs = [_last_document(trainer, [document, second]) for document in (first, other)]
     moved = (outputs[0] - outputs[1]).abs().max()
-    allowed = 2 * torch.finfo(outputs[0].dtype).eps * outputs[0].abs().max()
+    # Experts that get another number of tokens add up in another order. What is read moves half of the digits and more.
+    allowed = math.sqrt(torch.finfo(outputs[0].dtype).eps) * outputs[0].abs().max()
     if not moved <= allowed:
         raise UnsupportedError(
             "this model's attention lets packed documents read one another",

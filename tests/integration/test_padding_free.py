@@ -25,8 +25,8 @@ class Gradients(TrainerCallback):
         self.found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def model_of(family="llama", *, ours=True, **options):
-    model = panthera_model(family, lora=False, max_seq_length=128, **options)
+def model_of(family="llama", *, ours=True, **config):
+    model = panthera_model(family, lora=False, max_seq_length=128, config=config)
     if ours:
         assert attention.prefer(model)
     return model
