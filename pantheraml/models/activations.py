@@ -162,11 +162,16 @@ def _spent(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
     return sum(c[level].bytes for c, level in zip(costs, levels))
 
 
+def _underway(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
+    """Bytes of the device that tensors on their way to the host and back take at a time."""
+    return _UNDERWAY * max((c[level].host_bytes for c, level in zip(costs, levels)), default=0)
+
+
 def _with_room(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
     """``allot``, where the tensors that are on their way to the host and back find room too."""
     levels = allot(costs, budget)
-    underway = max((c[level].host_bytes for c, level in zip(costs, levels)), default=0)
-    return allot(costs, budget - _UNDERWAY * underway) if underway else levels
+    underway = _underway(costs, levels)
+    return allot(costs, budget - underway) if underway else levels
 
 
 @dataclass
@@ -415,7 +420,7 @@ class ActivationPlan:
             else:
                 measured.rounds = _ROUNDS
         levels = _with_room(costs, held + measured.budget)
-        kept, tried = _spent(costs, levels) - held, measured.trying
+        kept, tried = _spent(costs, levels) + _underway(costs, levels) - held, measured.trying
         measured.trying = None
         if measured.rounds < _ROUNDS and kept > (tried[0] if tried is not None else 0):
             measured.trying = kept, tokens
@@ -426,6 +431,9 @@ class ActivationPlan:
     def _offered(self, index: int, group: _Group, tokens: int, length: int) -> dict[Level, Cost]:
         """The levels of a layer; a layer that is no node is kept whole or not at all."""
         costs = self._costs(self._layers[index], tokens, length)
+        if costs is not None and index == len(self._layers) - 1:
+            # Its backward comes first, before anything could have been fetched.
+            return {level: cost for level, cost in costs.items() if not level.host or level == group.lowest.get(index)}
         if costs is not None:
             return self._on_host(costs)
         measured = group.measured
