@@ -25,6 +25,8 @@ from .export.hub import HubTarget, create_repo, upload, write_card
 from .export.merge import MergeOnto, save_merged
 from .export.report import MergeReport
 from .models.methods import attach_methods
+from .models.qat import scheme_of
+from .models.qat import torchao_config as scheme_config
 
 __all__ = [
     "create_huggingface_repo",
@@ -303,7 +305,8 @@ def save_pretrained_torchao(
         model: The model; it is not changed.
         save_directory: Folder to write; with ``push_to_hub`` also the name of the repository.
         tokenizer: Tokenizer or processor to write along.
-        torchao_config: A configuration of ``torchao.quantization``, such as ``Int8WeightOnlyConfig(version=2)``.
+        torchao_config: A configuration of ``torchao.quantization``, such as ``Int8WeightOnlyConfig(version=2)``; None
+            means that of the ``qat_scheme`` which the model was trained with.
         push_to_hub: Upload the folder after it was written.
         token: Hub token.
         max_shard_size: Largest file, in bytes or as ``"5GB"``.
@@ -319,11 +322,14 @@ def save_pretrained_torchao(
         UnsupportedError: torchao cannot quantise this model so on this device.
         CheckpointError: nothing was written under the final name; the message says why.
     """
+    scheme = scheme_of(model)
+    if torchao_config is None and scheme is not None:
+        torchao_config = scheme_config(scheme)
     if torchao_config is None:
         raise ConfigError(
             "no configuration of torchao was given",
             where="argument torchao_config",
-            why="models are not trained quantisation-aware here, so none is known from training",
+            why="the model was not trained with a qat_scheme, from which one would be known",
             hint="for example torchao.quantization.Int8WeightOnlyConfig(version=2)",
         )
     target = HubTarget(str(save_directory), token) if push_to_hub else None

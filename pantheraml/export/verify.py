@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.safetensors_io import SafetensorsFolder, checksum
 from ..errors import CheckpointError
+from ..models.qat import exact
 
 _TOKENS = 24  # long enough for positions and windows to matter, short enough to cost nothing
 _ID_LIMIT = 1000  # token ids are drawn below this; image and other placeholder tokens lie at the end of vocabularies
@@ -311,7 +312,8 @@ def verify_merged(
     note = "the quantisation error that the 16-bit base does not have" if changed_base else f"rounding in {coarsest}"
     if rounding is not None:
         budget, note = max(budget, rounding), ROUNDING + (f", and {note}" if changed_base else "")
-    return verify_behaviour(directory, model, base, reloaded, compared=len(in_memory), budget=budget, note=note)
+    with exact(base):
+        return verify_behaviour(directory, model, base, reloaded, compared=len(in_memory), budget=budget, note=note)
 
 
 def verify_behaviour(

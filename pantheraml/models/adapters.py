@@ -14,6 +14,7 @@ from torch import nn
 from .. import log
 from ..device import require
 from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError, unknown_arguments
+from . import qat
 from .adapt import adapt
 from .checkpointing import check_mode, set_checkpointing
 from .inference import attach_generate, for_training
@@ -81,13 +82,6 @@ def _check_values(request: AdapterRequest) -> None:
         raise ConfigError(f"lora_dropout must lie in [0, 1), got {request.lora_dropout!r}", where="lora_dropout")
     if request.bias not in _BIASES:
         raise ConfigError(f"unknown bias {request.bias!r}", where="argument bias", hint=f"use {', '.join(_BIASES)}")
-    if request.qat_scheme is not None:
-        raise UnsupportedError(
-            f"quantisation-aware training (qat_scheme={request.qat_scheme!r}) is not available in this release",
-            where="argument qat_scheme",
-            hint="train without it, and save in 8 or 4 bits: save_pretrained_merged with save_method='fp8', 'int8' or "
-            "'int4', or save_pretrained_torchao",
-        )
     known = {item.name for item in dataclasses.fields(_lora_config_class())}
     if not known >= set(request.extra):
         own = {item.name for item in dataclasses.fields(AdapterRequest)} - {"extra", "scopes"}
@@ -251,7 +245,7 @@ def _differences(old: Any, new: Any, old_modules: frozenset[str], new_modules: f
     return found
 
 
-def _second_call(model: Any, request: AdapterRequest, mode: bool | str) -> Any:
+def _second_call(model: Any, request: AdapterRequest, mode: bool | str, scheme: str | None) -> Any:
     if request.second_call_raises:
         raise ConflictError(
             "the model already has an adapter",
@@ -265,12 +259,18 @@ def _second_call(model: Any, request: AdapterRequest, mode: bool | str) -> Any:
         )
     new = _plan(base, request)
     different = _differences(old, new[0], adapted_modules(base), new[1].matched)
+    known = qat.scheme_of(model)
+    if known is not None and known != scheme:
+        different.append(f"qat_scheme is {known!r}, not {scheme!r}")
     if different:
         raise ArgumentError(
             f"the model already has LoRA, and it differs: {'; '.join(different)}",
             where="get_peft_model",
             hint="train the adapter that is there (call get_peft_model with its values), or load the base again",
         )
+    if scheme is not None and known is None:
+        qat.check_model(model, scheme, old)
+        qat.prepare(model, scheme)
     log.info("the model already has this LoRA: it is kept, with its weights")
     return finish_adapter(model, mode=mode)
 
@@ -319,16 +319,21 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"get_peft_model takes a model, got {type(model).__name__}", where="argument model")
     _check_values(request)
+    scheme = None
+    if request.qat_scheme is not None:
+        scheme = qat.check_scheme(request.qat_scheme, getattr(getattr(model, "config", None), "model_type", None))
     mode = check_mode(request.use_gradient_checkpointing)
     record = record_of(model)
     if record is not None and record.full_finetuning:
         log.info("the model is trained in full (full_finetuning=True): no adapter is added")
         return model
     if hasattr(model, "peft_config"):
-        return _second_call(model, request, mode)
+        return _second_call(model, request, mode, scheme)
     if request.random_state is not None:
         seed_everything(request.random_state)
     config, targets = _plan(model, request)
+    if scheme is not None:
+        qat.check_model(model, scheme, config)
     if request.lora_dropout or request.bias != "none":
         log.once("lora_dropout > 0 or bias: the fused LoRA kernels are off for these layers, training is slower")
     from peft import get_peft_model
@@ -336,6 +341,8 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     # With checkpointing on PEFT makes the embedding output require gradients, which only reentrant checkpointing needs.
     set_checkpointing(model, False)
     wrapped = get_peft_model(model, config)
+    if scheme is not None:
+        qat.prepare(wrapped, scheme)
     reached = len(targets.matched)
     log.info(
         f"LoRA r={request.r} on {reached} layers"

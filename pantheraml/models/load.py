@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..parallel.process_group import join_after_restart
 from ..parallel.xla import place
-from . import resolve
+from . import qat, resolve
 from .adapt import adapt
 from .adapters import finish_adapter, seed_everything, upcast_trainable
 from .attention import check_request as check_attention_request
@@ -352,6 +352,10 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     if request.full_finetuning:
         model.requires_grad_(True)
         set_checkpointing(model, plan.mode)
+        if request.qat_scheme is not None:
+            scheme = qat.check_scheme(request.qat_scheme, plan.config.model_type)
+            qat.check_model(model, scheme)
+            qat.prepare(model, scheme)
     if source.adapter is not None:
         model = finish_adapter(_attach_adapter(model, source, plan.hub), mode=plan.mode)
         # As for any model that was just loaded: evaluation mode, and prompts padded on the left.

@@ -98,7 +98,9 @@ class FastLanguageModel:
             random_state: Seed of weights that start at random (new heads).
             max_lora_rank: vLLM.
             disable_log_stats: vLLM.
-            qat_scheme: Quantisation-aware training; not available yet.
+            qat_scheme: With ``full_finetuning``, a scheme of quantisation-aware training: the model computes with
+                what torchao will round its linear layers to. ``"int4"``, ``"int8"``, ``"int8-int4"``,
+                ``"fp8-int4"``, ``"fp8-fp8"`` or ``"phone-deployment"``.
             load_in_fp8: Hold the decoder's linear layers in fp8 (e4m3) and multiply them in fp8, inputs quantised as
                 they come: True with a scale for each row of a weight, ``"block"`` for each 128 x 128 tile. Head,
                 embeddings, norms, routers and stacked experts stay in ``dtype``. A 16-bit checkpoint is quantised
@@ -181,7 +183,8 @@ class FastLanguageModel:
                 ``"orthogonal"``.
             loftq_config: PEFT's ``LoftQConfig`` for ``init_lora_weights="loftq"``.
             temporary_location: Has no effect; nothing is written.
-            qat_scheme: Not available yet.
+            qat_scheme: A scheme of quantisation-aware training, as in ``from_pretrained``: what is rounded is the
+                weight with the adapter in it.
             target_parameters: Names of parameters (stacked experts) to adapt, instead of the rule above.
             ensure_weight_tying: Train a tied embedding and head as one; done for tied models in any case.
             finetune_last_n_layers: Adapt the last n decoder layers only.

@@ -9,6 +9,7 @@ from .. import log
 from ..device import Device, is_installed
 from ..errors import (
     ArgumentError,
+    ConfigError,
     ConflictError,
     MissingDependencyError,
     UnsupportedError,
@@ -16,6 +17,7 @@ from ..errors import (
 )
 from . import safety
 from .context import DEFAULT_MAX_SEQ_LENGTH
+from .qat import check_scheme
 from .quantize import LOAD_IN_4BIT_DEFAULT
 from .resolve import parse_dtype
 
@@ -98,12 +100,6 @@ class LoadRequest:
 # Options that nothing here honours yet: (name, value that means "off", what to do instead).
 _UNAVAILABLE = (
     ("float8_kv_cache", False, "it is a setting of the inference engine; leave it out"),
-    (
-        "qat_scheme",
-        None,
-        "train without it, and save in 8 or 4 bits: save_pretrained_merged with save_method='fp8', "
-        "'int8' or 'int4', or save_pretrained_torchao",
-    ),
     ("unsloth_tiled_mlp", False, "leave it out; a shorter max_seq_length or a smaller batch saves memory too"),
     ("unsloth_force_compile", False, "leave it out"),
     ("unsloth_vllm_standby", False, "it is a setting of the inference engine; leave it out"),
@@ -130,6 +126,14 @@ def check_options(request: LoadRequest, device: Device) -> None:
         if value is not off and value != off:
             raise UnsupportedError(
                 f"{name}={value!r} is not available in this release", where=f"argument {name}", hint=instead
+            )
+    if request.qat_scheme is not None:
+        check_scheme(request.qat_scheme)
+        if not request.full_finetuning:
+            raise ConfigError(
+                "qat_scheme needs full_finetuning=True here",
+                where="argument qat_scheme",
+                hint="with LoRA, give it to get_peft_model",
             )
     if request.offload_embedding and device.type != "cpu":
         raise UnsupportedError(
