@@ -74,6 +74,12 @@ def assert_alike(ours: Run, other: Run, *, ties=TIES, rtol=1e-5, atol=1e-7, coar
         assert (distance > 0).sum() <= max(ties * distance.numel(), 1)
 
 
+def assert_equal(ours: Run, other: Run) -> None:
+    assert torch.equal(ours.p, other.p)
+    for mine, theirs in zip((*ours.states, *ours.absmax), (*other.states, *other.absmax)):
+        assert torch.equal(mine, theirs)
+
+
 def same_start(other: Run, ours: Run) -> None:
     """The state of ``ours``, so that a difference does not add up."""
     other.p = ours.p.clone()
@@ -187,11 +193,11 @@ def test_many_parameters_in_one_launch(alone, sizes, dtype, device, monkeypatch)
         tables.append(table)
         again = kernel.Table.of([update for update in updates if 0 < update.p.numel() < alone], table)
         assert again is table
-        for run in other:
-            run.step(i, lambda *arguments: step(kernel.Update(*arguments[:4]), *arguments[4:]))
-    for a, b in zip(ours, other):
-        assert torch.equal(a.p, b.p)
-        assert all(torch.equal(x, y) for x, y in zip((*a.states, *a.absmax), (*b.states, *b.absmax)))
+        for a, b in zip(ours, other):
+            b.step(i, lambda *arguments: step(kernel.Update(*arguments[:4]), *arguments[4:]))
+            # Another form of the kernel: a GPU's compiler may fuse other products.
+            assert_alike(a, b) if device.type != "cpu" else assert_equal(a, b)
+            same_start(b, a)
     assert launched == [count for count in sizes if count >= alone] * 3
     assert tables[0].owners is tables[2].owners  # gradients moved, sizes did not
     assert tables[0].rows is not tables[2].rows
