@@ -17,7 +17,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "tool": ("tool", "function", "observation"),
 }
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
-_KEYS = (("role", "content"), ("from", "value"))
+KEYS = (("role", "content"), ("from", "value"))
 
 
 class BadRowError(ValueError):
@@ -28,11 +28,16 @@ class UnknownRoleError(DataError, TypeError):
     """A conversation names a role that is neither system, user nor assistant."""
 
 
+def role_of(name: Any) -> str | None:
+    """The role that ``name`` spells; None for none."""
+    return _ROLE_OF.get(name.lower()) if isinstance(name, str) else None
+
+
 def keys_of(value: Any) -> tuple[str, str] | None:
     """Return the keys of role and content in a list of messages; None when ``value`` is no such list."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return None
-    return next((keys for keys in _KEYS if set(keys) <= set(value[0])), None)
+    return next((keys for keys in KEYS if set(keys) <= set(value[0])), None)
 
 
 def _content(value: Any, role: str, *, may_be_empty: bool) -> Any:
@@ -77,7 +82,7 @@ def normalize(value: Any, role_key: str, content_key: str) -> list[Message]:
         if not isinstance(item, dict):
             raise BadRowError(f"wrong type: message {index + 1} is {type_name(item)}, not an object")
         name = item.get(role_key)
-        role = _ROLE_OF.get(name.lower()) if isinstance(name, str) else None
+        role = role_of(name)
         if role is None:
             raise BadRowError(f"unknown role: {name!r} in message {index + 1}")
         if role == "system" and index > 0:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..errors import ConfigError, DataError
 from . import chats
 from .chats import BadRowError
+from .columns import checked_by_column
 from .control import TypedControl, control_of
 from .encoding import TYPED
 from .rows import Rejections, Row, type_name
@@ -271,61 +271,6 @@ def _rows(dataset: Dataset) -> Iterator[Row]:
             yield dict(zip(names, values))
 
 
-# Where one of these letters stands, Python's str.strip leaves something; the others are looked at one by one.
-_VISIBLE = r"[^\pZ\pC]"
-
-
-def _is_canonical(dataset: Dataset, format: Format) -> bool:
-    """Whether ``_CHECKS`` would return every row as it is, found a column at a time; False where that is uncertain."""
-    kind, columns = format.kind, format.columns
-    parts = [columns[part] for part in PARTS[kind][0]]
-    if kind == "alpaca" or _BARE_PROMPTS & set(parts) or (kind == "messages" and "tools" in dataset.column_names):
-        return False
-    schema = pa.schema([dataset.data.schema.field(name) for name in parts])
-    formatted = dataset.format["type"] is not None or dataset.format["columns"] != dataset.column_names
-    # Columns that are decoded as they are read may hold anything.
-    plain = Features({name: dataset.features[name] for name in parts}) == Features.from_arrow_schema(schema)
-    if len(dataset) == 0 or dataset._indices is not None or formatted or not plain:
-        return False
-    column_is_canonical = _are_chats if kind == "messages" else _are_texts
-    chunks = (chunk for name in parts for chunk in dataset.data.column(name).chunks)
-    return all(
-        column_is_canonical(chunk.slice(start, _BATCH)) for chunk in chunks for start in range(0, len(chunk), _BATCH)
-    )
-
-
-def _are_texts(column: pa.Array) -> bool:
-    """Whether all are texts that are neither empty nor blank nor hold NUL."""
-    if not pa.types.is_string(column.type) or column.null_count:
-        return False
-    visible = pc.all(pc.match_substring_regex(column, _VISIBLE), min_count=0).as_py()
-    return visible and not pc.any(pc.match_substring(column, "\x00"), min_count=0).as_py()
-
-
-def _are_chats(column: pa.Array) -> bool:
-    """Whether all are what ``chats.normalize`` would return unchanged: role and content, and no other key."""
-    if not (pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type)):
-        return False
-    if [field.name for field in column.type.value_type] != ["role", "content"] or column.null_count:
-        return False
-    sizes = np.diff(column.offsets.to_numpy())
-    messages = column.flatten()
-    names, contents = messages.flatten()
-    if not sizes.all() or names.null_count or not pa.types.is_string(names.type) or not _are_texts(contents):
-        return False
-    encoded = names.dictionary_encode()
-    known = {role: index for index, role in enumerate(chats.ROLES)}
-    codes = np.array([known.get(role, -1) for role in encoded.dictionary.to_pylist()])
-    roles = codes[encoded.indices.to_numpy()]
-    starts = np.cumsum(sizes) - sizes
-    first = np.zeros(len(roles), bool)
-    first[starts] = True
-    twice = (roles[1:] == roles[:-1]) & ~first[1:] & np.isin(roles[1:], (known["user"], known["assistant"]))
-    late_system = (roles == known["system"]) & ~first
-    replies = np.add.reduceat(roles == known["assistant"], starts)
-    return bool((roles >= 0).all() and not twice.any() and not late_system.any() and replies.all())
-
-
 def check(
     dataset: Dataset,
     format: Format,
@@ -352,10 +297,10 @@ def check(
     if rejections is None:
         rejections = Rejections()
         rejections.total = len(dataset)
-    if _is_canonical(dataset, format):
-        names = {format.columns[part]: part for part in PARTS[format.kind][0]}
-        canonical = cast("Dataset", dataset.select_columns(list(names)))
-        return canonical.rename_columns({name: part for name, part in names.items() if name != part})
+    if format.kind != "alpaca" and not _BARE_PROMPTS & set(format.columns.values()):
+        canonical = checked_by_column(dataset, {part: format.columns[part] for part in PARTS[format.kind][0]}, _BATCH)
+        if canonical is not None:
+            return canonical
     checked_row = row_check(format)
 
     def good_rows() -> Iterator[Row]:

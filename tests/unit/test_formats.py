@@ -200,20 +200,39 @@ GOOD = st.just(CHAT) | st.just([{"role": "system", "content": "s"}, *CHAT, USER,
 ANY_CHAT = st.none() | st.lists(st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}), max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+TOOLS = st.sampled_from([None, "", "[]", "[1]"])
+
+
+@settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_columns_are_checked_as_rows_are(data):
     bad = data.draw(st.integers(0, 1))
     at = data.draw(st.integers(0, 4))
     if data.draw(st.booleans()):
         good, other = data.draw(st.lists(GOOD, min_size=1, max_size=5)), data.draw(st.lists(ANY_CHAT, max_size=bad))
-        column = {"messages": [*good[:at], *other, *good[at:]]}
+        chats = [*good[:at], *other, *good[at:]]
+        if data.draw(st.booleans()):
+            names = {"user": "human", "assistant": "gpt"}
+            keys = data.draw(st.permutations(["from", "value"]))
+
+            def turn(message):
+                values = {"from": names.get(message["role"], message["role"]), "value": message["content"]}
+                return {key: values[key] for key in keys}
+
+            chats = [chat and [turn(message) for message in chat] for chat in chats]
+        column = {data.draw(st.sampled_from(["messages", "conversations"])): chats}
+        if data.draw(st.booleans()):
+            tools = data.draw(st.lists(TOOLS, min_size=len(chats), max_size=len(chats)))
+            lists = {None: None, "": [], "[]": [{"name": "a"}], "[1]": [{"name": "b"}] * 2}
+            column["tools"] = [lists[tool] for tool in tools] if data.draw(st.booleans()) else tools
     else:
         texts = ["a", *data.draw(st.lists(CONTENTS, max_size=3))]
         column = {"text": texts} if bad else {"prompt": texts, "completion": texts[::-1]}
     dataset = Dataset.from_dict(column)
+    if data.draw(st.booleans()):
+        dataset = dataset.select(data.draw(st.permutations(range(len(dataset)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "_is_canonical", lambda dataset, format: False)
+        patch.setattr(formats, "checked_by_column", lambda *args: None)
         expected = checked(dataset)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "_BATCH", data.draw(st.integers(1, 3)))
@@ -221,12 +240,22 @@ def test_columns_are_checked_as_rows_are(data):
 
 
 @pytest.mark.parametrize(
-    "column", [{"messages": [CHAT] * 3}, {"text": ["a"] * 3}, {"prompt": ["a"] * 3, "completion": ["b"] * 3}]
+    ("column", "expected"),
+    [
+        ({"messages": [CHAT] * 3}, None),
+        ({"text": ["a"] * 3}, None),
+        ({"prompt": ["a"] * 3, "completion": ["b"] * 3}, None),
+        ({"messages": [CHAT] * 3, "tools": ["[1]"] * 3}, None),
+        ({"messages": [CHAT] * 3, "tools": [None, "", ""]}, {"messages": [CHAT] * 3}),
+        ({"conversations": [SHAREGPT] * 3}, {"messages": [CHAT] * 3}),
+    ],
 )
-def test_rows_that_are_canonical_are_not_made_again(column, monkeypatch):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_that_pass_are_not_looked_at_one_by_one(column, expected, shuffled, monkeypatch):
     monkeypatch.setattr(formats, "from_rows", None)
     dataset = Dataset.from_dict(column | {"more": [1] * 3})
-    assert check(dataset, detect(dataset)).to_dict() == column
+    dataset = dataset.select([2, 0, 1]) if shuffled else dataset
+    assert check(dataset, detect(dataset)).to_dict() == (expected or column)
 
 
 def test_what_a_data_set_shows_is_checked_not_what_it_stores():
