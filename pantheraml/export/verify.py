@@ -30,7 +30,7 @@ _LOGIT_BUDGET = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, 
 # Merging onto the 16-bit base takes the quantisation error (10 % of each weight for nf4) out of the model, so that its
 # logits rightly differ from those seen in training. What a wrong model shows is 1.0 and more.
 _QUANTIZED_LOGIT_BUDGET = 0.8
-_GREEDY = 16  # tokens that the trained model appends to the sequence
+_GREEDY = 16  # tokens that are appended to the sequence
 # Another token is as good while the trained model's own is ahead by at most this times the deviation that is allowed:
 # roundings of two logits among thousands, of which the largest count.
 _CLOSE_CHOICE = 4.0
@@ -48,8 +48,8 @@ class Verification:
             disk and compared with what was to be written, because a second copy of the model does not fit).
         tensors: Tensors that were compared bit by bit.
         deviation: Relative RMS deviation of the logits from the trained model's, None without a reload.
-        tokens: How many tokens were compared that the trained model chooses greedily, and how many of them the written
-            one chooses before it first differs; None without a reload, or for models that do not generate.
+        tokens: How many greedy tokens were compared, and how many are the same before one differs; None without a
+            reload, or for models that do not generate.
         budget: The largest deviation allowed.
         note: What the budget allows for.
     """
@@ -108,55 +108,41 @@ def deviation(candidate: torch.Tensor, reference: torch.Tensor) -> float:
     return result if math.isfinite(result) else math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Behaviour:
-    """What a model computes from one short sequence, of which it chose the end itself.
-
-    Attributes:
-        inputs: The sequence.
-        logits: Its logits, [1, length, vocabulary].
-        generates: Whether it chose the last tokens, greedily; False for models that do not generate.
-        banned: Ids that are no choice: they stand for images and sounds that are not there.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    logits: torch.Tensor
-    generates: bool
-    banned: list[int]
-
-    def choosable(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [count, vocabulary] from which the tokens at the end are chosen."""
-        rows = logits[0, -1 - _GREEDY : -1].clone()
-        rows[:, [token for token in self.banned if token < rows.shape[-1]]] = -math.inf
-        return rows
+def _placeholders(base: PreTrainedModel) -> list[int]:
+    """Ids that are no choice: they stand for images and sounds that are not there."""
+    settings = base.config.to_dict() | base.config.get_text_config().to_dict()
+    return [token for name, token in settings.items() if _PLACEHOLDER.fullmatch(name) and isinstance(token, int)]
 
 
-def behaviour_of(model: nn.Module, base: PreTrainedModel) -> Behaviour:
-    """Let ``model`` continue a fixed sequence greedily.
+def _choices(logits: torch.Tensor, banned: list[int]) -> torch.Tensor:
+    """Tokens chosen greedily, from logits [..., vocabulary]."""
+    logits = logits.clone()
+    logits[..., [token for token in banned if token < logits.shape[-1]]] = -math.inf
+    return logits.argmax(-1)
 
-    All tokens are guessed at once and replaced by the model's choices until these stay: each pass settles at least one
-    more, and every pass has the same shape, which compiled models need.
+
+def continued(model: nn.Module, base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The fixed sequence, continued greedily by ``model``.
 
     Args:
-        model: The model, with its adapters.
-        base: The transformers model inside it.
+        model: A model that generates.
+        base: The transformers model that is meant, or another of its kind.
     """
-    inputs = sample_inputs(base)
-    if not base.can_generate():
-        return Behaviour(inputs, logits_of(model, inputs), False, [])
-    settings = base.config.to_dict() | base.config.get_text_config().to_dict()
-    banned = [token for key, token in settings.items() if _PLACEHOLDER.fullmatch(key) and isinstance(token, int)]
+    inputs, banned = sample_inputs(base), _placeholders(base)
+    device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    start = inputs[name]
-    choices = torch.zeros(_GREEDY, dtype=start.dtype)
-    for _ in range(_GREEDY + 1):
-        guess, inputs[name] = choices, torch.cat([start, choices[None]], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        found = Behaviour(inputs, logits_of(model, inputs), True, banned)
-        choices = found.choosable(found.logits).argmax(-1)
-        if torch.equal(choices, guess):
-            break
-    return found
+    inputs = {key: tensor.to(device) for key, tensor in inputs.items()}
+    cache: dict[str, Any] = {}
+    with _evaluation(model):
+        for _ in range(_GREEDY):
+            step = inputs | {name: inputs[name][:, -1:] if cache else inputs[name]}
+            outputs: Any = model(**step, **cache, use_cache=True)
+            choice = _choices(outputs.logits[:, -1:], banned)
+            inputs[name] = torch.cat([inputs[name], choice], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            past = getattr(outputs, "past_key_values", None)
+            cache = {"past_key_values": past} if past is not None else {}
+    return {key: tensor.cpu() for key, tensor in inputs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +151,7 @@ class Agreement:
 
     Attributes:
         deviation: Relative RMS deviation of its logits.
-        tokens: How many greedy tokens were compared, and how many it chooses before it first differs; None for models
+        tokens: How many greedy tokens were compared, and how many are the same before one differs; None for models
             that do not generate.
         problem: What is further off than it may be; None where all is well.
     """
@@ -175,36 +161,40 @@ class Agreement:
     problem: str | None = None
 
 
-def agreement(reference: Behaviour, model: nn.Module, *, budget: float, note: str) -> Agreement:
-    """Compare the logits and greedy tokens of ``model`` with those of another, from the same sequence.
+def agreement(
+    candidate: nn.Module, reference: nn.Module, base: PreTrainedModel, *, budget: float, note: str
+) -> Agreement:
+    """Compare logits and greedy tokens: the candidate continues a fixed sequence, and both are asked about each step.
 
     Another token is right where the two were as good as equally likely.
 
     Args:
-        reference: What the other computes.
-        model: The one to compare.
+        candidate: The model to judge.
+        reference: What it should be.
+        base: The transformers model inside the reference.
         budget: Largest relative RMS deviation of the logits.
         note: What the budget allows for.
     """
-    logits = logits_of(model, reference.inputs)
-    found = deviation(logits, reference.logits)
+    inputs = continued(candidate, base) if base.can_generate() else sample_inputs(base)
+    logits, due = logits_of(candidate, inputs), logits_of(reference, inputs)
+    found = deviation(logits, due)
     if not found <= budget:
         return Agreement(
             found, None, f"its logits deviate by {found:.3g} (relative RMS); {budget:.3g} is allowed for {note}"
         )
-    if not reference.generates:
+    if not base.can_generate():
         return Agreement(found)
-    due, got = reference.choosable(reference.logits), reference.choosable(logits).argmax(-1)
-    best = due.argmax(-1)
-    spread = float((reference.logits - reference.logits.mean(-1, keepdim=True)).square().mean().sqrt())
-    lead = (due.gather(1, best[:, None]) - due.gather(1, got[:, None]))[:, 0] / max(spread, 1e-12)
+    banned, steps = _placeholders(base), slice(-1 - _GREEDY, -1)
+    got, best = _choices(logits[0, steps], banned), _choices(due[0, steps], banned)
+    spread = float((due - due.mean(-1, keepdim=True)).square().mean().sqrt())
+    lead = (due[0, steps].gather(1, best[:, None]) - due[0, steps].gather(1, got[:, None]))[:, 0] / max(spread, 1e-12)
     differs = (best != got).nonzero()[:, 0].tolist()
-    tokens = (len(got), differs[0] if differs else len(got))
+    tokens = (_GREEDY, differs[0] if differs else _GREEDY)
     worst, allowed = int(lead.argmax()), _CLOSE_CHOICE * budget
     if float(lead[worst]) <= allowed:
         return Agreement(found, tokens)
     why = (
-        f"after the same {worst} greedy tokens it chooses {int(got[worst])}, and the trained model {int(best[worst])}, "
+        f"after the same {worst} tokens it chooses {int(got[worst])}, and the trained model {int(best[worst])}, "
         f"which is ahead by {float(lead[worst]):.3g} of the spread of its logits; {allowed:.3g} is allowed for {note}"
     )
     return Agreement(found, tokens, why)
@@ -341,7 +331,7 @@ def verify_behaviour(
         CheckpointError: they are further apart.
     """
     with quiet_transformers():  # some formats are unpacked in the first forward, with bars
-        found = agreement(behaviour_of(model, base), reloaded, budget=budget, note=note)
+        found = agreement(reloaded, model, base, budget=budget, note=note)
     if found.problem is not None:
         raise CheckpointError(
             "the reloaded model computes something else than the trained one", where=str(directory), why=found.problem

@@ -493,7 +493,7 @@ def test_verification_catches_a_wrong_greedy_token(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(verify, "logits_of", changed)
-    with pytest.raises(CheckpointError, match=r"after the same 12 greedy tokens it chooses 300"):
+    with pytest.raises(CheckpointError, match=r"after the same 12 tokens it chooses 300"):
         save_merged(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import make_tiny
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
-from pantheraml.export.verify import agreement, behaviour_of, sample_inputs
+from pantheraml.export import verify
+from pantheraml.export.verify import agreement, continued, sample_inputs
 
 
 def t5():
@@ -24,47 +23,45 @@ def t5():
 def test_the_end_of_the_sequence_is_what_generate_appends(family, overrides):
     model = make_tiny(family, **overrides)
     start = sample_inputs(model)
-    found = behaviour_of(model, model)
+    found = continued(model, model)
     tokens = model.eval().generate(**start, max_new_tokens=16, min_new_tokens=16, eos_token_id=999, do_sample=False)
-    assert found.inputs["input_ids"].tolist() == tokens.tolist()
-    assert found.choosable(found.logits).argmax(-1).tolist() == tokens[0, -16:].tolist()
+    assert torch.equal(found["input_ids"], tokens)
+    assert found["attention_mask"].shape == tokens.shape
 
 
 def test_encoder_decoders_continue_the_decoders_sequence():
     model = t5()
     start = sample_inputs(model)
-    found = behaviour_of(model, model)
-    assert torch.equal(found.inputs["input_ids"], start["input_ids"])
+    found = continued(model, model)
+    assert torch.equal(found["input_ids"], start["input_ids"])
     ids = start["decoder_input_ids"]
     for _ in range(16):
         with torch.no_grad():
             logits = model(**{**start, "decoder_input_ids": ids}).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(found.inputs["decoder_input_ids"], ids)
-    assert agreement(found, model, budget=1e-4, note="nothing").tokens == (16, 16)
+    assert torch.equal(found["decoder_input_ids"], ids)
+    assert agreement(model, model, model, budget=1e-4, note="nothing").tokens == (16, 16)
 
 
 def test_ids_that_stand_for_images_are_no_choice():
     model = make_tiny("llama")
-    favourite = int(behaviour_of(model, model).inputs["input_ids"][0, 24])
+    favourite = int(continued(model, model)["input_ids"][0, 24])
     model.config.image_token_id = favourite
     model.config.video_token_id = 10**6  # beyond the head's rows, as in some models
-    assert favourite not in behaviour_of(model, model).inputs["input_ids"][0, 24:].tolist()
+    assert favourite not in continued(model, model)["input_ids"][0, 24:].tolist()
 
 
 def test_another_token_is_right_only_where_it_was_as_likely(monkeypatch):
-    model = make_tiny("llama")
-    reference = behaviour_of(model, model)
-    row = reference.choosable(reference.logits)[7]
-    best, second = row.topk(2).indices.tolist()
-    rival = copy.deepcopy(reference.logits)
-    rival[0, -17 + 7, second] = row[best] + 1e-4
-    from pantheraml.export import verify
-
-    monkeypatch.setattr(verify, "logits_of", lambda model, inputs: rival)
-    lead = float((row[best] - row[second]) / (reference.logits - reference.logits.mean(-1, keepdim=True)).std())
+    model, other = make_tiny("llama"), make_tiny("llama")
+    due = verify.logits_of(model, continued(model, model))
+    best, second = due[0, -17 + 7].topk(2).indices.tolist()
+    rival = due.clone()
+    rival[0, -17 + 7, second] = due[0, -17 + 7, best] + 1e-4
+    monkeypatch.setattr(verify, "logits_of", lambda which, inputs: rival if which is other else due)
+    spread = (due - due.mean(-1, keepdim=True)).square().mean().sqrt()
+    lead = float((due[0, -17 + 7, best] - due[0, -17 + 7, second]) / spread)
     assert lead > 0.01
-    near = agreement(reference, model, budget=lead / 3, note="x")
+    near = agreement(other, model, model, budget=lead / 3, note="x")
     assert (near.problem, near.tokens) == (None, (16, 7))
-    far = agreement(reference, model, budget=lead / 5, note="x")
-    assert f"after the same 7 greedy tokens it chooses {second}, and the trained model {best}" in str(far.problem)
+    far = agreement(other, model, model, budget=lead / 5, note="x")
+    assert f"after the same 7 tokens it chooses {second}, and the trained model {best}" in str(far.problem)

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ...errors import CheckpointError
-from ..verify import Agreement, Behaviour, agreement, behaviour_of, greedy_tokens, quiet_transformers
+from ..verify import Agreement, agreement, greedy_tokens, quiet_transformers
 from .families import Family, rope
 from .greedy import greedy_ids
 from .metadata import hyper_parameters
@@ -62,7 +62,7 @@ class FileCheck:
 
 
 class Checker:
-    """Compares files of one model; the reference is computed once, when a file is first reloaded.
+    """Compares files of one model; that is loaded once, when a file is first reloaded.
 
     Args:
         folder: The merged model.
@@ -85,7 +85,7 @@ class Checker:
         self._folder, self._config, self._family = folder, config, family
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._tokenizer, self._written = tokenizer, written
-        self._reference: Behaviour | None = None
+        self._reference: PreTrainedModel | None = None
 
     def check(self, path: Path, wanted: FileType) -> FileCheck:
         """Check one file.
@@ -174,7 +174,6 @@ class Checker:
             )
 
     def _check_behaviour(self, path: Path, wanted: FileType) -> Agreement:
-        reference = self._reference or self._compute_reference()
         with quiet_transformers():
             try:
                 config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
@@ -190,17 +189,18 @@ class Checker:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError("transformers cannot load the file", where=path.name, why=str(error)) from error
-        found = agreement(reference, model, budget=wanted.logits, note=wanted.name)
+        reference = self._load_reference()
+        found = agreement(model, reference, reference, budget=wanted.logits, note=wanted.name)
         if found.problem is not None:
             raise CheckpointError("the model in the file computes something else", where=path.name, why=found.problem)
         return found
 
-    def _compute_reference(self) -> Behaviour:
-        with quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(self._folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
-        self._reference = behaviour_of(model, model)
+    def _load_reference(self) -> PreTrainedModel:
+        if self._reference is None:
+            with quiet_transformers():
+                self._reference = AutoModelForCausalLM.from_pretrained(
+                    str(self._folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+                )
         return self._reference
 
     def _compare_config(self, found: Any, path: Path) -> None:
