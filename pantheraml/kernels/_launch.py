@@ -3,7 +3,7 @@
 Triton binds, specialises and formats all arguments at every launch, and a kernel here has two dozen. A layer of
 Llama-3.2-1B launches fifty of them a step, and the GPU waits for the host. Here a launch like an earlier one goes
 straight to the compiled form, and so does one for which Triton would choose that form; the first of each kind, and
-whatever Triton's own hooks want to see, goes through Triton.
+whatever Triton's own hooks want to see, goes through Triton. ``Launch`` holds what does not change from call to call.
 """
 
 from __future__ import annotations
@@ -116,6 +116,66 @@ class Kernel(JITFunction):
         x, y, z, *_ = (*grid, 1, 1)
         stream = active.get_current_stream(device)
         form.run(x, y, z, stream, form.function, form.metadata, None, None, None, *self._in_order(arguments))
+        return None
+
+
+class Launch:
+    """A launch at given sizes, which takes tensors only.
+
+    Args:
+        kernel: What :func:`jit` returned.
+        grid: Programs in each dimension.
+        tensors: Names of the arguments that are given at each call, in its order.
+        arguments: All other arguments.
+    """
+
+    __slots__ = ("_arguments", "_forms", "_grid", "_kernel", "_names", "_places", "_template")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], tensors: tuple[str, ...], **arguments: Any) -> None:
+        self._kernel, self._names, self._arguments = kernel, tensors, arguments
+        self._grid = (*grid, 1, 1)[:3]
+        self._forms: dict[tuple[Any, ...], _Form] | None = None
+        if isinstance(kernel, Kernel) and {*tensors, *arguments} >= set(kernel._names):
+            self._forms = {}
+            self._template = [arguments.get(name) for name in kernel._names]
+            self._places = [kernel._names.index(name) for name in tensors]
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch on these tensors; None for one that the kernel goes without."""
+        runtime = knobs.runtime
+        forms = self._forms
+        if (
+            forms is None
+            or self._kernel.pre_run_hooks
+            or not _unhooked(runtime.launch_enter_hook)
+            or not _unhooked(runtime.launch_exit_hook)
+        ):
+            self._kernel[self._grid](**dict(zip(self._names, tensors)), **self._arguments)
+            return
+        active: Any = driver.active
+        device = active.get_current_device()
+        given = (device, *[None if x is None else (x.__class__, x.dtype, x.data_ptr() & 15) for x in tensors])
+        form = forms.get(given) or self._form(given, tensors)
+        if form is None:
+            return
+        values = self._template.copy()
+        for place, x in zip(self._places, tensors):
+            values[place] = x
+        form.run(
+            *self._grid, active.get_current_stream(device), form.function, form.metadata, None, None, None, *values
+        )
+
+    def _form(self, given: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> _Form | None:
+        """The compiled form for such tensors; None when there was none and Triton has launched what it compiled."""
+        kernel = self._kernel
+        arguments = dict(zip(self._names, tensors)) | self._arguments
+        if all(x is None or x.__class__ in _TENSORS for x in tensors):
+            form = kernel._forms.get((given[0], kernel.key(arguments)))
+            if form is not None:
+                assert self._forms is not None
+                self._forms[given] = form
+                return form
+        kernel.run(grid=self._grid, warmup=False, **arguments)
         return None
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     AVAILABLE: bool
 
+    from ._launch import Launch as Launch
+
     def jit(function: Any = None, **options: Any) -> Any: ...
 else:
     try:
@@ -30,8 +32,10 @@ else:
             """Leave the function as it is; ``options`` are those of ``triton.jit``."""
             return function if function is not None else lambda decorated: decorated
 
+        Launch: Any = None
         AVAILABLE = False
     else:
+        from ._launch import Launch as Launch
         from ._launch import jit
 
         AVAILABLE = True

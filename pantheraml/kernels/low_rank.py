@@ -14,12 +14,12 @@ chip.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-from ._triton import jit, on_device, tl
+from ._triton import Launch, jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .utils import cdiv, next_power_of_2, processors
 
@@ -30,6 +30,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 NARROW_PROGRAMS = 2
 GRADIENT_PROGRAMS = 2
 COMBINE_TILE = 1024
+# Sizes whose launches are remembered.
+_REMEMBERED = 4096
 # Shared memory of a program that every chip has, that the largest have, and what a kernel keeps besides its stages.
 LEAST_SHARED, MOST_SHARED = 64 * 1024, 227 * 1024
 SHARED_RESERVE = 8 * 1024
@@ -278,6 +280,16 @@ def narrow_stages(tile: Tile, rank: int, itemsize: int, limit: int) -> int:
     return max(min(tile.num_stages, (limit - SHARED_RESERVE) // stage), 1)
 
 
+@functools.cache
+def _narrow_stages_on(tile: Tile, rank: int, itemsize: int, device: torch.device) -> int:
+    return narrow_stages(tile, rank, itemsize, _shared_memory(device))
+
+
+@functools.cache
+def _gradient_stages_on(tile: Tile, rank: int, device: torch.device) -> int:
+    return gradient_stages(tile, rank, _shared_memory(device))
+
+
 def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
     """The same for ``gradients``, where the factor stays and dy and skinny stream."""
     stage = 2 * tile.rows * (tile.columns + _block(rank))
@@ -285,33 +297,88 @@ def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
     return max(min(tile.num_stages, (limit - kept) // stage), 1)
 
 
-class _Parts(NamedTuple):
-    """Partial sums [splits, rows, rank] and where their sum goes."""
+class _Sum(NamedTuple):
+    """A stack of partial sums [splits, rows, rank], and the strides of what their sum fills."""
 
-    parts: torch.Tensor
-    out: torch.Tensor
-
-    def arguments(self, names: Sequence[str]) -> dict[str, Any]:
-        """As keyword arguments of the kernel."""
-        splits, rows, rank = self.parts.shape
-        return dict(zip(names, (self.parts, self.out, splits, rows * rank, rows, rank, *self.out.stride())))
+    splits: int
+    rows: int
+    rank: int
+    row: int
+    column: int
 
 
 _FIRST, _SECOND = (
-    tuple(job + part for part in ("", "_out", "_splits", "_stride", "_rows", "_rank", "_row", "_column"))
+    tuple(job + part for part in ("_splits", "_stride", "_rows", "_rank", "_row", "_column"))
     for job in ("first", "second")
 )
-_NO_SECOND = dict(zip(_SECOND, (None, None, 0, 0, 0, 0, 0, 0)))
 
 
-def _add_up(jobs: list[_Parts], scaling: float) -> None:
-    """Sum the parts of one or two jobs in one launch."""
-    programs = [cdiv(job.parts[0].numel(), COMBINE_TILE) for job in jobs]
-    second = jobs[1].arguments(_SECOND) if len(jobs) == 2 else _NO_SECOND
-    with on_device(jobs[0].parts):
-        combine_kernel[(sum(programs),)](
-            **jobs[0].arguments(_FIRST), **second, scaling=scaling, programs=programs[0], TILE=COMBINE_TILE, num_warps=4
-        )
+@functools.lru_cache(_REMEMBERED)
+def _combination(first: _Sum, second: _Sum | None, scaling: float) -> Launch:
+    programs = cdiv(first.rows * first.rank, COMBINE_TILE)
+    more = 0 if second is None else cdiv(second.rows * second.rank, COMBINE_TILE)
+    sizes: dict[str, int] = {}
+    for names, job in ((_FIRST, first), (_SECOND, second)):
+        values = (0,) * 6 if job is None else (job.splits, job.rows * job.rank, *job[1:])
+        sizes |= zip(names, values)
+    return Launch(
+        combine_kernel,
+        (programs + more,),
+        ("first", "first_out", "second", "second_out"),
+        **sizes,
+        scaling=scaling,
+        programs=programs,
+        TILE=COMBINE_TILE,
+        num_warps=4,
+    )
+
+
+def _add_up(jobs: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> None:
+    """Sum the parts of one or two jobs, each given with what it fills, in one launch."""
+    sums = [_Sum(*parts.shape, *out.stride()) for parts, out in jobs]
+    second = jobs[1] if len(jobs) == 2 else (None, None)
+    with on_device(jobs[0][0]):
+        _combination(sums[0], sums[1] if len(sums) == 2 else None, scaling)(*jobs[0], *second)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _narrowing(
+    rows: int,
+    width: int,
+    rank: int,
+    x_stride: int,
+    A_stride: int,
+    tile: Tile,
+    splits: int | None,
+    programs: int,
+    stages: int,
+) -> tuple[Launch, int]:
+    """The launch and how many programs share the sum."""
+    columns = min(tile.columns, max(next_power_of_2(width), 16))
+    row_blocks, tiles = cdiv(rows, tile.rows), cdiv(width, columns)
+    if splits is None:
+        splits = min(max(programs // row_blocks, 1), tiles)
+    tiles = cdiv(tiles, splits)
+    splits = cdiv(cdiv(width, columns), tiles)
+    launch = Launch(
+        narrow_kernel,
+        (row_blocks, splits),
+        ("x", "A", "out"),
+        rows=rows,
+        width=width,
+        rank=rank,
+        x_stride=x_stride,
+        A_stride=A_stride,
+        out_split=rows * rank,
+        out_stride=rank,
+        tiles=tiles,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        RANK=_block(rank),
+        num_warps=tile.num_warps,
+        num_stages=stages,
+    )
+    return launch, splits
 
 
 def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int | None = None) -> torch.Tensor:
@@ -328,36 +395,49 @@ def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int
     """
     rows, width = x.shape
     rank = A.shape[0]
+    programs, stages = NARROW_PROGRAMS * processors(x), _narrow_stages_on(tile, rank, A.itemsize, x.device)
+    launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), tile, splits, programs, stages)
     out = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
-    columns = min(tile.columns, max(next_power_of_2(width), 16))
-    row_blocks, tiles = cdiv(rows, tile.rows), cdiv(width, columns)
-    if splits is None:
-        splits = min(max(NARROW_PROGRAMS * processors(x) // row_blocks, 1), tiles)
-    tiles = cdiv(tiles, splits)
-    splits = cdiv(cdiv(width, columns), tiles)
     parts = torch.empty((splits, rows, rank), dtype=torch.float32, device=x.device) if splits > 1 else None
     with on_device(x):
-        narrow_kernel[(row_blocks, splits)](
-            x=x,
-            A=A,
-            out=out if parts is None else parts,
-            rows=rows,
-            width=width,
-            rank=rank,
-            x_stride=x.stride(0),
-            A_stride=A.stride(0),
-            out_split=rows * rank,
-            out_stride=rank,
-            tiles=tiles,
-            ROWS=tile.rows,
-            COLUMNS=columns,
-            RANK=_block(rank),
-            num_warps=tile.num_warps,
-            num_stages=narrow_stages(tile, rank, A.itemsize, _shared_memory(x.device)),
-        )
+        launch(x, A, out if parts is None else parts)
     if parts is not None:
-        _add_up([_Parts(parts, out)], 1.0)
+        _add_up([(parts, out)], 1.0)
     return out
+
+
+@functools.lru_cache(_REMEMBERED)
+def _widening(
+    rows: int,
+    width: int,
+    rank: int,
+    scaling: float,
+    thin_stride: int,
+    factor_width: int,
+    factor_rank: int,
+    base_stride: int,
+    out_stride: int,
+    tile: Tile,
+) -> Launch:
+    return Launch(
+        widen_kernel,
+        (cdiv(width, tile.columns), cdiv(rows, tile.rows)),
+        ("thin", "factor", "base", "out"),
+        rows=rows,
+        width=width,
+        rank=rank,
+        scaling=scaling,
+        thin_stride=thin_stride,
+        factor_width=factor_width,
+        factor_rank=factor_rank,
+        base_stride=base_stride,
+        out_stride=out_stride,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        RANK=_block(rank),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def widen(
@@ -386,28 +466,63 @@ def widen(
     tile = tile or WIDEN[_block(rank)]
     if out is None:
         out = torch.empty((rows, width), dtype=thin.dtype, device=thin.device)
+    base_stride = 0 if base is None else base.stride(0)
+    strides = (thin.stride(0), *factor.stride(), base_stride, out.stride(0))
     with on_device(thin):
-        widen_kernel[(cdiv(width, tile.columns), cdiv(rows, tile.rows))](
-            thin=thin,
-            factor=factor,
-            base=base,
-            out=out,
-            rows=rows,
-            width=width,
-            rank=rank,
-            scaling=scaling,
-            thin_stride=thin.stride(0),
-            factor_width=factor.stride(0),
-            factor_rank=factor.stride(1),
-            base_stride=0 if base is None else base.stride(0),
-            out_stride=out.stride(0),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            RANK=_block(rank),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+        _widening(rows, width, rank, scaling, *strides, tile)(thin, factor, base, out)
     return out
+
+
+class _Gradients(NamedTuple):
+    """The launch, and how many programs share the sums over columns and over rows."""
+
+    launch: Launch
+    blocks: int
+    parts: int
+
+
+@functools.lru_cache(_REMEMBERED)
+def _differentiation(
+    rows: int,
+    width: int,
+    rank: int,
+    dy_stride: int,
+    factor_width: int,
+    factor_rank: int,
+    skinny_stride: int,
+    tile: Tile,
+    parts: int | None,
+    programs: int,
+    stages: int,
+) -> _Gradients:
+    columns = min(tile.columns, max(next_power_of_2(width), 16))
+    blocks, tiles = cdiv(width, columns), cdiv(rows, tile.rows)
+    if parts is None:
+        parts = min(max(programs // blocks, 1), tiles)
+    tiles = cdiv(tiles, parts)
+    parts = cdiv(cdiv(rows, tile.rows), tiles)
+    launch = Launch(
+        gradients_kernel,
+        (blocks, parts),
+        ("dy", "factor", "skinny", "thin", "gradient"),
+        rows=rows,
+        width=width,
+        rank=rank,
+        tiles=tiles,
+        dy_stride=dy_stride,
+        factor_width=factor_width,
+        factor_rank=factor_rank,
+        skinny_stride=skinny_stride,
+        thin_split=rows * rank,
+        thin_stride=rank,
+        gradient_split=width * rank,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        RANK=_block(rank),
+        num_warps=tile.num_warps,
+        num_stages=stages,
+    )
+    return _Gradients(launch, blocks, parts)
 
 
 def gradients(
@@ -438,41 +553,20 @@ def gradients(
     assert given is not None
     rank = given.shape[1]
     tile = tile or GRADIENTS[_block(rank)]
-    columns = min(tile.columns, max(next_power_of_2(width), 16))
-    blocks, tiles = cdiv(width, columns), cdiv(rows, tile.rows)
-    if parts is None:
-        parts = min(max(GRADIENT_PROGRAMS * processors(dy) // blocks, 1), tiles)
-    tiles = cdiv(tiles, parts)
-    parts = cdiv(cdiv(rows, tile.rows), tiles)
+    strides = (
+        dy.stride(0),
+        *((0, 0) if factor is None else factor.stride()),
+        0 if skinny is None else skinny.stride(0),
+    )
+    programs, stages = GRADIENT_PROGRAMS * processors(dy), _gradient_stages_on(tile, rank, dy.device)
+    launch, blocks, parts = _differentiation(rows, width, rank, *strides, tile, parts, programs, stages)
     wide = {"dtype": torch.float32, "device": dy.device}
     thin_parts = None if thin is None else torch.empty((blocks, rows, rank), **wide)
     gradient_parts = None if gradient is None else torch.empty((parts, width, rank), **wide)
     with on_device(dy):
-        gradients_kernel[(blocks, parts)](
-            dy=dy,
-            factor=None if thin is None else factor,
-            skinny=None if gradient is None else skinny,
-            thin=thin_parts,
-            gradient=gradient_parts,
-            rows=rows,
-            width=width,
-            rank=rank,
-            tiles=tiles,
-            dy_stride=dy.stride(0),
-            factor_width=factor.stride(0) if factor is not None else 0,
-            factor_rank=factor.stride(1) if factor is not None else 0,
-            skinny_stride=skinny.stride(0) if skinny is not None else 0,
-            thin_split=rows * rank,
-            thin_stride=rank,
-            gradient_split=width * rank,
-            ROWS=tile.rows,
-            COLUMNS=columns,
-            RANK=_block(rank),
-            num_warps=tile.num_warps,
-            num_stages=gradient_stages(tile, rank, _shared_memory(dy.device)),
-        )
+        launch(dy, None if thin is None else factor, None if gradient is None else skinny, thin_parts, gradient_parts)
     pairs = ((thin_parts, thin), (gradient_parts, gradient))
-    _add_up([_Parts(part, out) for part, out in pairs if part is not None and out is not None], scaling)
+    _add_up([(part, out) for part, out in pairs if part is not None and out is not None], scaling)
 
 
 def variants() -> Iterator[Variant]:
