@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import jit as runtime  # noqa: E402
 
-from pantheraml.kernels._launch import KNOWN, Kernel  # noqa: E402
+from pantheraml.kernels._launch import KNOWN, Kernel, Launch  # noqa: E402
 
 MEMORY = torch.zeros(64, dtype=torch.uint8)
 VALUES = {
@@ -104,14 +104,42 @@ def test_the_second_launch_goes_straight_to_the_compiled_form(launched):
     assert (len(seen), len(asked)) == (2, 5)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) not in KNOWN, reason="launched by Triton alone in this release"
+)
+def test_a_launch_at_given_sizes_takes_tensors_of_each_form(launched):
+    seen, asked = launched
+    launch = Launch(kernel(), (7, 3), ("x",), size=6, scale=0.5, plain=3, TILE=16, num_warps=4)
+    other = MEMORY[16:32]
+    launch(MEMORY)
+    assert (len(seen), len(asked)) == (0, 1)
+    for x in (MEMORY, other):
+        launch(x)
+    tail = (6, 0.5, 3, 16)
+    head = (7, 3, 1, "stream", "function", "metadata", None, None, None)
+    assert seen == [(*head, MEMORY, *tail), (*head, other, *tail)]
+    # Another alignment, another dtype, no tensor: each asks Triton once.
+    for x in (MEMORY[4:20], MEMORY.view(torch.float32), None):
+        for _ in range(2):
+            launch(x)
+    assert (len(seen), len(asked)) == (5, 4)
+    # Sizes of one kind share what Triton compiled.
+    same = Launch(launch._kernel, (1,), ("x",), size=7, scale=0.25, plain=5, TILE=16, num_warps=4)
+    same(MEMORY)
+    assert (len(seen), len(asked)) == (6, 4)
+    assert seen[-1][9:] == (MEMORY, 7, 0.25, 5, 16)
+
+
 def test_tensors_of_other_classes_go_through_triton(launched):
     seen, asked = launched
     function = kernel()
     arguments = {name: values[0] for name, values in VALUES.items()}
     other = MEMORY.as_subclass(type("Other", (torch.Tensor,), {}))
+    launch = Launch(function, (1,), ("x",), **{name: value for name, value in arguments.items() if name != "x"})
     for _ in range(2):
         function[(1,)](**arguments | {"x": other})
-    assert (len(seen), len(asked)) == (0, 2)
+        launch(other)
+    assert (len(seen), len(asked)) == (0, 4)
 
 
 def test_hooks_of_triton_see_every_launch(launched, monkeypatch):
@@ -123,6 +151,8 @@ def test_hooks_of_triton_see_every_launch(launched, monkeypatch):
         monkeypatch.setattr(hook, "calls", [print])
     else:
         monkeypatch.setattr(runtime.knobs.runtime, "launch_enter_hook", print)
+    launch = Launch(function, (1,), ("x",), **{name: value for name, value in arguments.items() if name != "x"})
     for _ in range(2):
         function[(1,)](**arguments)
-    assert (len(seen), len(asked)) == (0, 2)
+        launch(arguments["x"])
+    assert (len(seen), len(asked)) == (0, 4)
