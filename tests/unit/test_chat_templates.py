@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
-from pantheraml.chat_templates import get_chat_template, stop_token_ids
-from pantheraml.data.replies import assistant_masks
+from pantheraml.chat_templates import assistant_masks, get_chat_template, mask_non_responses, stop_token_ids
 from pantheraml.data.templates.registry import templates
 from pantheraml.data.templates.rewrite import literal, rewrite
 from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
@@ -315,6 +314,28 @@ def test_the_mask_covers_the_answers_and_their_end_tokens_and_nothing_else(name,
         text = re.sub(r"(^|(?<=</s>)) ", "", text)
     assert text == "".join(answers)
     assert tokenizer.decode(kept[-1:]) == end
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_the_masks_of_messages_and_of_token_ids_are_those_of_the_tags(name, data):
+    tokenizer = FITTED.setdefault(name, tokenizer_for(name))
+    turns = data.draw(st.integers(1, 3))
+    texts = data.draw(st.lists(TEXTS, min_size=2 * turns, max_size=2 * turns))
+    chat = [(user, assistant)[index % 2](text) for index, text in enumerate(texts)]
+    chat = [system(data.draw(TEXTS)), *chat] if data.draw(st.booleans()) else chat
+    encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True, **date_for(name))
+    ids = encoded["input_ids"]
+    tagged = [index if mask else -100 for index, mask in zip(ids, encoded["assistant_masks"], strict=True)]
+    if name == "qwen3-thinking":
+        # Its prompt opens the thought of the last answer, so the model is not to write that.
+        opening = tokenizer("<think>\n", add_special_tokens=False)["input_ids"]
+        start = max(at for at in range(len(ids)) if ids[at : at + len(opening)] == opening)
+        tagged[start : start + len(opening)] = [-100] * len(opening)
+        assert texts[-1] in tokenizer.decode([index for index in tagged if index != -100])
+    assert mask_non_responses(ids, tokenizer) == tagged
+    assert assistant_masks(chat, tokenizer, **date_for(name)) == (ids, tagged)
 
 
 # mistral-common 1.13.1, finetuning mode, texts of its own tokenizers with the word-boundary sign read as a space.
