@@ -14,15 +14,20 @@ from datasets import Dataset, IterableDataset
 
 from .. import __version__, env, log
 from ..data import formats, raw_text, sources
+from ..data.encoding import Encoder
 from ..data.formats import Kind
+from ..data.masking import response_masker
 from ..data.mixture import mix
+from ..data.prepare import Cut, prepare_stream
+from ..data.responses import Labeller, has_label, train_on_responses_only
 from ..data.rows import Rejections
 from ..data.sources import Loaded
 from ..data.streams import Stream, open_stream
 from ..device import require
-from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
+from ..errors import ConfigError, ConflictError, DataError, MissingDependencyError, UnsupportedError, nearest
 from ..export.gguf.types import resolve_types
 from .output import Output, program
+from .tokenizer import tokenizer_of
 
 _COLUMN_PARTS = ("text", "prompt", "completion", "messages", "instruction", "input", "output")
 _LORA_ARGUMENTS = ("r", "lora_alpha", "lora_dropout", "bias", "random_state", "use_rslora", "use_dora")
@@ -70,9 +75,12 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     weights = _weights(args)
     parts, streams = _training_rows(args, output)
     held_out = _eval_rows(args, output)
-    model, tokenizer = _load(args, max_seq_length)
+    # What is wrong with the data shows before weights are loaded.
+    tokenizer, _ = tokenizer_of(args.model_name, args, max_seq_length)
     train_set = _mixed([_finished(rows, tokenizer, args, max_seq_length, output) for rows in parts], weights, args)
     eval_set = _finished(held_out, tokenizer, args, max_seq_length, output) if held_out else None
+    _check_trained(train_set, tokenizer, args, max_seq_length)
+    model, tokenizer = _load(args, max_seq_length)
     trainer = _trainer(args, model, tokenizer, train_set, eval_set, reporters, max_seq_length)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if streams:
@@ -357,6 +365,27 @@ def _finished(
     return chunks
 
 
+def _check_trained(
+    dataset: Dataset | IterableDataset, tokenizer: Any, args: argparse.Namespace, max_seq_length: int
+) -> None:
+    """Raise where no row has a token to train."""
+    if "input_ids" in next(iter(dataset), {}):
+        return
+    rows = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
+    encoder = Encoder(tokenizer, parse_control=args.parse_control_tokens or None)
+    label = Labeller(response_masker(tokenizer), tokenizer) if args.responses_only else None
+    for row in prepare_stream(rows, encoder, Cut(max_seq_length)):
+        if label is None or has_label(label(row)):
+            return
+    raise DataError(
+        "no row has a token to train on",
+        where=", ".join(_names(args)),
+        why=f"what is trained of each row is cut off after {max_seq_length} tokens"
+        + (", or no row has a reply as the chat template marks them" if label is not None else ""),
+        hint="raise --max_seq_length; `pantheraml data preview` shows what is trained",
+    )
+
+
 def _trainer(
     args: argparse.Namespace,
     model: Any,
@@ -385,9 +414,10 @@ def _trainer(
         raise ConfigError(
             "a training flag has a value that cannot be used", why=str(error), hint="see `pantheraml --help`"
         ) from error
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model, args=config, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
+    return train_on_responses_only(trainer) if args.responses_only else trainer
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) -> dict[str, str]:

@@ -145,6 +145,7 @@ TRAIN: tuple[Group, ...] = (
             _flag("--instruction_column", default=None, help="column that holds alpaca's instruction"),
             _flag("--input_column", default=None, help="column that holds alpaca's input"),
             _flag("--output_column", default=None, help="column that holds alpaca's output"),
+            _switch("--responses_only", "train on what the assistant writes only, as train_on_responses_only does"),
             _switch("--parse_control_tokens", "have control tokens that people typed read as tokens, not as text"),
             _flag(
                 "--max_bad_fraction",

@@ -124,9 +124,9 @@ def _labelled(dataset: Any, label: Labeller, num_proc: int | None) -> tuple[Any,
     if not isinstance(dataset, Dataset):
         labelled = dataset.map(label)
         rows = list(labelled.take(_PEEK))
-        empty = sum(not _has_label(row) for row in rows)
+        empty = sum(not has_label(row) for row in rows)
         message = f"{empty} of the first {len(rows)} rows have no reply left" if empty else "a stream"
-        kept = labelled.filter(_has_label) if empty < len(rows) else None
+        kept = labelled.filter(has_label) if empty < len(rows) else None
         return kept, len(rows), f"{message}, rows without are dropped as they come"
     kept = _mapped(dataset, label, num_proc)
     total, dropped = len(dataset), len(dataset) - len(kept)
@@ -269,7 +269,8 @@ def _last_reply(labels: list[int]) -> list[int]:
     return [IGNORED] * start + labels[start:end] + [IGNORED] * (len(labels) - end)
 
 
-def _has_label(row: Mapping[str, Any]) -> bool:
+def has_label(row: Mapping[str, Any]) -> bool:
+    """Whether a token of a labelled row is trained."""
     return any(label != IGNORED for label in row["labels"])
 
 

@@ -277,7 +277,7 @@ MISTAKES = {
         {"bad.jsonl": json.dumps({"prompt": "fox " * 300, "completion": "x"})},
         ["--streaming"],
         3,
-        "raise max_length",
+        "no row has a token to train",
     ),
     "broken-line": ({"bad.jsonl": '{"text": "a"}\n{"text": \n'}, [], 3, "bad.jsonl:2: broken json"),
     "no-columns": ({"bad.jsonl": '{"a": "x", "b": "y"}'}, [], 3, "found: a, b"),
@@ -306,6 +306,54 @@ def test_mistakes_end_with_a_message_and_a_code(tiny_llama_dir, tmp_path, capsys
     assert "  next:" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+LONG = json.dumps({"prompt": "fox " * 300, "completion": "x"})
+REPLYLESS = json.dumps({"text": "The quick brown fox."})
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("", [], "the data set is empty"),
+        ('{"text": ""}', ["--max_bad_fraction", "0.9"], "1 of 1 rows cannot be used"),
+        (f"{LONG}\n{LONG}", [], "no row has a token to train on"),
+        (f"{LONG}\n{LONG}", ["--packing"], "no row has a token to train on"),
+        (f"{REPLYLESS}\n{REPLYLESS}", ["--responses_only"], "no row has a token to train on"),
+        (json.dumps({"messages": [CHAT[0], {**CHAT[1], "content": " "}]}), [], "empty string"),
+    ],
+    ids=["no row", "all bad", "all cut off", "all cut off, packed", "no reply", "empty reply"],
+)
+def test_data_that_teach_nothing_stop_before_weights_are_loaded(
+    content, flags, words, streaming, tiny_llama_dir, tmp_path, capsys, monkeypatch
+):
+    from pantheraml.models.loader import FastLanguageModel
+
+    monkeypatch.setattr(FastLanguageModel, "from_pretrained", None)
+    (tmp_path / "rows.jsonl").write_text(content)
+    flags = [*flags, *(["--streaming"] if streaming else [])]
+    assert train(tiny_llama_dir, tmp_path / "rows.jsonl", tmp_path / "out", *flags) == 3
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
+def test_only_replies_are_trained_where_asked(streaming, tiny_llama_dir, files, tmp_path, capsys, monkeypatch):
+    from trl import SFTTrainer
+
+    seen = []
+
+    def stop(self, **options):
+        seen.append(next(iter(self.train_dataset)))
+        raise KeyError
+
+    monkeypatch.setattr(SFTTrainer, "train", stop)
+    flags = ["--responses_only", *(["--streaming"] if streaming else [])]
+    assert train(tiny_llama_dir, files / "chat.jsonl", tmp_path / "out", *flags) == 1
+    from transformers import AutoTokenizer
+
+    labels = [label for label in seen[0]["labels"] if label != -100]
+    assert AutoTokenizer.from_pretrained(tiny_llama_dir).decode(labels) == "general greetings</s>"
 
 
 def test_chats_without_a_template(tiny_llama_dir, files, tmp_path, capsys):

@@ -92,6 +92,7 @@ ADDED = {
     "output_column": None,
     "max_bad_fraction": 0.0,
     "parse_control_tokens": False,
+    "responses_only": False,
     "streaming": False,
     "shuffle_buffer": 1000,
     "mix": None,

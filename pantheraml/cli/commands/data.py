@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
@@ -16,35 +15,15 @@ from ...data.formats import Format
 from ...data.preview import Example, Finding, Preview, histogram, look
 from ...data.streams import open_stream
 from ...errors import DataError
-from ...models.source import Hub, find_file, load_config, resolve_source
-from ...models.tokenizers import has_tokenizer, load_tokenizer, prepare_tokenizer
 from ..finetune import quiet_unless_terminal
 from ..output import Output, printable
+from ..tokenizer import MAX_LENGTH, tokenizer_of
 
-# The longest sequence, chunk and overlap of `pantheraml` without flags.
-_MAX_LENGTH = 2048
+# What neighbouring chunks share in `pantheraml` without flags.
 _STRIDE = 512
 _BAR = 40
 _MARKS = ("[[", "]]")
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-
-
-def _load_tokenizer(args: argparse.Namespace) -> tuple[Any, int]:
-    """The tokenizer that training would load, and the longest sequence."""
-    source = resolve_source(args.model, Hub(token=args.hub_token))
-    places = [(source.base, source.hub)]
-    own = Hub(token=args.hub_token)
-    if source.adapter is not None and has_tokenizer(source.name, own):
-        places.insert(0, (source.name, own))
-    length = args.max_length
-    if length is None:
-        length = _MAX_LENGTH
-        if find_file(source.base, "config.json", source.hub) is not None:
-            text = load_config(source, trust_remote_code=args.trust_remote_code).get_text_config()
-            maximum = getattr(text, "max_position_embeddings", None)
-            length = min(length, maximum) if isinstance(maximum, int) else length
-    tokenizer = load_tokenizer(places, trust_remote_code=args.trust_remote_code, multimodal=False)
-    return prepare_tokenizer(None, tokenizer, max_seq_length=length), length
 
 
 @dataclass
@@ -109,10 +88,10 @@ def _look(args: argparse.Namespace, output: Output) -> Preview:
     output.say(f"Format: {read.format}")
     if read.rejected_rows:
         output.say(f"Bad rows that training drops: {read.rejected}")
-    tokenizer, max_length = _load_tokenizer(args)
+    tokenizer, max_length = tokenizer_of(args.model, args, args.max_length)
     origin = read.origin
     if read.documents:
-        size = min(_MAX_LENGTH, max_length)
+        size = min(MAX_LENGTH, max_length)
         stride = min(_STRIDE, size // 4)
         checked = raw_text.chunk_documents(checked["text"], tokenizer, chunk_size=size, stride=stride)
         output.say(f"Running text: {len(checked)} chunks of up to {size} tokens, {stride} shared by neighbours")

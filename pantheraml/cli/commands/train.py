@@ -49,6 +49,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     conflict("num_train_epochs", ["max_steps"], "each of them decides how long training lasts")
     conflict("num_train_epochs", ["streaming"], "how many rows a stream has is not known; --max_steps ends it")
     conflict("raw_text_file", _DATASET_FLAGS, "each of them names the data")
+    conflict("raw_text_file", ["responses_only"], "running text has no replies")
     conflict("raw_text_file", ["streaming"], "a text file is cut into chunks as a whole")
     if not args.eval_dataset:
         conflict("raw_text_file", ["eval_split"], "running text has no splits; --eval_dataset names other data")
