@@ -149,9 +149,12 @@ def _start(
     if prompt is not None and text.startswith(prompt):
         start = len(prompt)
     elif prompt is not None and bare is not None and text.startswith(bare):
-        # The prompt ends with something else than the reply begins with, such as the start of a thinking block.
+        # The prompt ends with something else than the reply begins with, such as the start of a thinking block. The
+        # first letters of it may be those of the reply by chance.
         shared = len(common_start(prompt, text, tokens))
-        start = shared if shared > len(bare) else -1
+        opened = markers is not None and text.startswith(markers.response, len(bare))
+        limit = len(bare) + len(markers.response) if markers is not None and opened else shared
+        start = min(shared, limit) if shared > len(bare) else -1
     if start >= 0 and prompt == bare and markers and text.startswith(markers.response, start):
         start += len(markers.response)  # The template gives no generation prompt, and marks replies all the same.
     if start >= cursor:
@@ -173,12 +176,19 @@ def _found(content: str, text: str, cursor: int, tokens: tuple[str, ...], marker
         return text.find(content, cursor) if content else -1
     opening, core = markers.response.lstrip(), re.escape(markers.response.strip())
     starts = [
-        match.start() + len(common_start(opening + markers.prefill, text[match.start() :], tokens))
+        match.start() + _opened(opening, markers.prefill, text[match.start() :], tokens)
         for match in re.compile(core).finditer(text, cursor)
     ]
     # Openings that are part of other messages are not followed by this one.
     followed = (start for start in starts if content and text[start:].lstrip().startswith(content))
     return next(followed, starts[0] if starts else -1)
+
+
+def _opened(opening: str, prefill: str, text: str, tokens: tuple[str, ...]) -> int:
+    """How much of ``text`` is what opens a reply, with the prefill where it is all there."""
+    if text.startswith(opening + prefill):
+        return len(opening + prefill)
+    return len(common_start(opening, text, tokens))
 
 
 def _limit(

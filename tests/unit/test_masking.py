@@ -291,6 +291,19 @@ def test_thinking_is_trained_where_the_template_keeps_it():
     assert trained(chat, tokenizer) == "x\n</think>\n\nb<|end|>y\n</think>\n\nd<|end|>"
 
 
+def test_a_reply_that_begins_with_the_letters_of_a_prefill():
+    """The prompt goes on with "Thought:", which earlier replies have not; theirs begin alike by chance."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|bot|>"
+        "{{ 'Thought: ' if loop.last }}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>Thought: {% endif %}"
+    )
+    tokenizer = with_template(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>", "<|end|>"]})
+    chat = [user("hi"), bot("Though small"), user("more"), bot("The end")]
+    assert trained(chat, tokenizer) == "Though small<|end|>The end<|end|>"
+
+
 def test_a_template_that_rewrites_what_came_before():
     """The system message stands in the last user turn, as in some of Mistral's."""
     template = (
