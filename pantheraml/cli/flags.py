@@ -386,6 +386,7 @@ EXPORT: tuple[Group, ...] = (
                 help="types of GGUF files, one or several",
             ),
             _flag("--llama_quantize", default=None, help="llama.cpp's llama-quantize, or its folder, for K-quants"),
+            _flag("--converter", default=None, help="your checkout of llama.cpp, for models not written here"),
             _flag("--imatrix_file", default=None, help="importance matrix for IQ types"),
             _flag("--max_shard_size", default="5GB", help="largest file of a model folder"),
             _switch("--no_verify", "do not reload what was written and compare it with the model"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -442,6 +443,82 @@ def test_k_quants_through_the_tool(tmp_path, tokenizer):
     assert len(argv) == 4
     assert argv[2].startswith("/")
     assert argv[3] == "Q4_K_M"
+
+
+# Stands in for llama.cpp's script: writes a Starcoder 2 model in 32-bit floats, whatever type is asked for.
+CONVERTER = """
+import json, os, sys
+from pathlib import Path
+import gguf
+from safetensors.numpy import load_file
+folder, out, target, outtype, kind = sys.argv[1:]
+assert (out, outtype) == ("--outfile", "--outtype") and kind in ("f32", "q8_0"), sys.argv
+config = json.loads(Path(folder, "config.json").read_text())
+writer = gguf.GGUFWriter(target, "starcoder2")
+for add, name in (("block_count", "num_hidden_layers"), ("context_length", "max_position_embeddings"),
+                  ("embedding_length", "hidden_size"), ("feed_forward_length", "intermediate_size"),
+                  ("head_count", "num_attention_heads"), ("head_count_kv", "num_key_value_heads"),
+                  ("layer_norm_eps", "norm_epsilon"), ("vocab_size", "vocab_size")):
+    getattr(writer, f"add_{add}")(config[name])
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STARCODER2, config["num_hidden_layers"])
+for name, tensor in load_file(Path(folder, "model.safetensors")).items():
+    stem, _, leaf = name.rpartition(".")
+    writer.add_tensor(f"{names.get_name(stem)}.{leaf}", tensor * float(os.environ.get("SPOIL", 1)))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    return folder
+
+
+def starcoder(**overrides):
+    return make_tiny("starcoder2", use_bias=True, norm_epsilon=1e-5, sliding_window=None, **overrides)
+
+
+def test_other_architectures_by_the_users_converter(tmp_path, tokenizer, checkout, capsys):
+    model = get_peft_model(starcoder(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    result = facade.save_pretrained_gguf(model, tmp_path / "a b", tokenizer, ["F32", "q8_0"], converter=checkout)
+    assert [Path(name).name for name in result["gguf_files"]] == ["a b.F32.gguf", "a b.Q8_0.gguf"]
+    assert sorted(entry.name for entry in (tmp_path / "a b_gguf").glob("*.gguf")) == ["a b.F32.gguf", "a b.Q8_0.gguf"]
+    assert capsys.readouterr().err.count("the first 16 of 16 greedy tokens are the same") >= 2
+    path = Path(result["gguf_files"][0])
+    loaded = reload(path, model.get_base_model())
+    torch.testing.assert_close(logits(loaded), logits(model.merge_and_unload()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_converter_spoils_never_gets_its_name(tmp_path, tokenizer, checkout, monkeypatch):
+    script = checkout / "convert_hf_to_gguf.py"
+    save = partial(facade.save_pretrained_gguf, starcoder(), tmp_path / "m", tokenizer, converter=script)
+    for kinds, error, message in (
+        ("q4_0", ConfigError, "does not write 'q4_0'"),
+        ("mxfp4", ConfigError, "does not write 'mxfp4'"),
+        ("f16", CheckpointError, r"(?s)failed with exit code 1.*convert_hf_to_gguf.py.*AssertionError"),
+    ):
+        with pytest.raises(error, match=message):
+            save(kinds)
+    monkeypatch.setenv("SPOIL", "1.3")
+    with pytest.raises(CheckpointError, match="computes something else"):
+        save("f32")
+    script.write_text("import sys; open(sys.argv[3], 'w').write('no file')")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        save("f32")
+    with pytest.raises(ConfigError, match=r"there is no convert_hf_to_gguf\.py"):
+        facade.save_pretrained_gguf(starcoder(), tmp_path / "m", tokenizer, converter=tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_families_that_are_written_here_need_no_converter(tmp_path, tokenizer, checkout):
+    (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit(1)")
+    facade.save_pretrained_gguf(tiny("llama"), tmp_path / "m", tokenizer, "f32", converter=checkout)
+    assert (tmp_path / "m_gguf" / "m.F32.gguf").is_file()
 
 
 def test_arguments_that_cannot_be_honoured(tmp_path, tokenizer):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from build import source
 from conftest import CORPUS, build_tokenizer, make_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -173,6 +174,28 @@ def test_experts_in_mxfp4(tmp_path):
     found, first = computed(path, PROMPT)
     assert found == tokens
     assert spread(first, logits) < 0.1
+
+
+# llama.cpp's own script, told what it cannot know: how the tiny tokenizer splits text.
+CONVERTER = """
+import runpy, sys
+sys.path[:0] = [{folder!r}, {folder!r} + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+runpy.run_path({folder!r} + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+def test_another_family_by_llama_cpps_converter(tmp_path):
+    checkout = source(BUILT)
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER.format(folder=str(checkout)))
+    model = trained("starcoder2", use_bias=True, norm_epsilon=1e-5, sliding_window=None)
+    tokens, logits = expected(model, PROMPT)
+    result = facade.save_pretrained_gguf(model, tmp_path / "m", build_tokenizer(), ["f32", "q8_0"], converter=tmp_path)
+    for name, budget in zip(result["gguf_files"], (1e-3, 0.1), strict=True):
+        found, first = computed(Path(name), PROMPT)
+        assert found == tokens, name
+        assert spread(first, logits) < budget, name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])

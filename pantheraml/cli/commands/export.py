@@ -79,6 +79,7 @@ def _write(args: argparse.Namespace, name: str, model: Any, tokenizer: Any, tags
         save_method="lora" if name == "gguf_lora" else None,
         imatrix_file=args.imatrix_file,
         llama_quantize=args.llama_quantize,
+        converter=args.converter,
         verify=not args.no_verify,
     )
     assert result is not None

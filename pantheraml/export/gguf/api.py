@@ -49,6 +49,7 @@ def save_pretrained_gguf(
     merge_is_disposable: bool = True,
     *,
     llama_quantize: AnyPath | None = None,
+    converter: AnyPath | None = None,
     verify: bool = True,
 ) -> dict[str, Any] | None:
     """Merge the trained model and write it as GGUF files, which are read back and compared before they get their names.
@@ -80,6 +81,8 @@ def save_pretrained_gguf(
         imatrix_file: Importance matrix for ``llama-quantize``; IQ types need one.
         merge_is_disposable: False keeps the merged folder, under ``save_directory``.
         llama_quantize: The program ``llama-quantize``, or a folder of llama.cpp that holds it; None looks on PATH.
+        converter: ``convert_hf_to_gguf.py`` of your own checkout of llama.cpp, or its folder, which is run for models
+            that are not written here.
         verify: Read the files back and compare tensors, settings, tokenizer and logits with the model.
 
     Returns:
@@ -114,7 +117,10 @@ def save_pretrained_gguf(
     finish = (lambda folder: write_card(model, folder, tags=[*tag_list, "gguf"], datasets=None)) if tag_list else None
     if _only_adapter(save_method):
         _check_unused(
-            first_conversion=first_conversion, imatrix_file=imatrix_file or None, llama_quantize=llama_quantize
+            first_conversion=first_conversion,
+            imatrix_file=imatrix_file or None,
+            llama_quantize=llama_quantize,
+            converter=converter,
         )
         return _save_adapter(
             model,
@@ -132,6 +138,7 @@ def save_pretrained_gguf(
         first_conversion=first_conversion,
         imatrix_file=imatrix_file,
         llama_quantize=llama_quantize,
+        converter=converter,
         verify=verify,
     )
     if not is_main_process or env.rank() != 0:
@@ -269,6 +276,7 @@ def push_to_hub_gguf(
     *,
     is_main_process: bool = True,
     llama_quantize: AnyPath | None = None,
+    converter: AnyPath | None = None,
     verify: bool = True,
 ) -> str | None:
     """Write GGUF files of the trained model as ``save_pretrained_gguf`` does, and upload them with a model card.
@@ -296,6 +304,7 @@ def push_to_hub_gguf(
         imatrix_file: As in ``save_pretrained_gguf``.
         is_main_process: False on ranks that are not to write.
         llama_quantize: As in ``save_pretrained_gguf``.
+        converter: As in ``save_pretrained_gguf``.
         verify: Check the files before they are uploaded.
 
     Returns:
@@ -311,7 +320,10 @@ def push_to_hub_gguf(
     wanted: Any
     if alone:
         _check_unused(
-            first_conversion=first_conversion, imatrix_file=imatrix_file or None, llama_quantize=llama_quantize
+            first_conversion=first_conversion,
+            imatrix_file=imatrix_file or None,
+            llama_quantize=llama_quantize,
+            converter=converter,
         )
         wanted = check_adapter_types(quantization_method)
         require("gguf", what="writing GGUF files")
@@ -323,6 +335,7 @@ def push_to_hub_gguf(
             first_conversion=first_conversion,
             imatrix_file=imatrix_file,
             llama_quantize=llama_quantize,
+            converter=converter,
             verify=verify,
         )
     if not is_main_process or env.rank() != 0:
@@ -359,6 +372,7 @@ def save_to_gguf(
     *,
     output_directory: AnyPath | None = None,
     llama_quantize: AnyPath | None = None,
+    converter: AnyPath | None = None,
     verify: bool = True,
 ) -> dict[str, Any]:
     """Write a merged folder, or any folder with a transformers model of a known family, as GGUF files.
@@ -371,6 +385,7 @@ def save_to_gguf(
         imatrix_file: As in ``save_pretrained_gguf``.
         output_directory: Folder for the files; None means ``<model_directory>_gguf``.
         llama_quantize: As in ``save_pretrained_gguf``.
+        converter: As in ``save_pretrained_gguf``.
         verify: As in ``save_pretrained_gguf``.
 
     Returns:
@@ -399,6 +414,7 @@ def save_to_gguf(
         first_conversion=first_conversion,
         imatrix_file=imatrix_file,
         llama_quantize=llama_quantize,
+        converter=converter,
         verify=verify,
     )
     target = _gguf_folder(folder) if output_directory is None else Path(output_directory)
@@ -424,6 +440,7 @@ def _request(
     first_conversion: str | None,
     imatrix_file: AnyPath | bool | None,
     llama_quantize: AnyPath | None,
+    converter: AnyPath | None,
     verify: bool,
 ) -> Any:
     if tokenizer is None:
@@ -443,6 +460,7 @@ def _request(
         first_conversion=first_conversion,
         imatrix_file=imatrix_file,
         llama_quantize=llama_quantize,
+        converter=converter,
         verify=verify,
     )
 

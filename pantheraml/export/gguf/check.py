@@ -25,7 +25,7 @@ from .tensors import PlannedTensor
 from .tokenizer import GGUFTokenizer
 from .types import FILE_TYPES, FileType
 
-_HELD = 2.5  # copies of the model that loading a file takes, with room
+HELD = 2.5  # copies of the model that loading a file takes, with room
 # What transformers' loader reads of the settings; it leaves the rest at defaults, so the model is given its own config.
 _READ_BY_LOADER = (
     *("max_position_embeddings", "num_hidden_layers", "intermediate_size", "hidden_size", "num_attention_heads"),
@@ -38,8 +38,8 @@ class FileCheck:
     """What was compared.
 
     Attributes:
-        method: ``"reload"`` (transformers loaded the file, logits compared) or ``"tensors"`` (every tensor and setting
-            read back and compared).
+        method: ``"reload"`` (transformers loaded the file, logits compared), ``"tensors"`` (every tensor and setting
+            read back and compared) or ``"opened"`` (another program's file, of which no more is known).
         tensors: Number of tensors compared.
         worst: Largest relative RMS error of a tensor.
         deviation: Relative RMS deviation of the logits; None without a reload.
@@ -58,6 +58,8 @@ class FileCheck:
         """A few words for people."""
         if self.deviation is not None:
             return f"reloaded by transformers: logits deviate by {self.deviation:.2g}{greedy_tokens(self.tokens)}"
+        if self.method == "opened":
+            return f"{self.tensors} tensors, not compared with the model ({self.note})"
         return f"{self.tensors} tensors and the settings read back and compared ({self.note})"
 
 
@@ -105,7 +107,7 @@ class Checker:
             return FileCheck("tensors", count, worst, note=f"transformers does not load {self._family.arch} files")
         self._check_loaded_tokenizer(path)
         size = 4 * sum(math.prod(tensor.shape) for tensor in self._tensors.values())
-        if psutil.virtual_memory().available < _HELD * size:
+        if psutil.virtual_memory().available < HELD * size:
             return FileCheck("tensors", count, worst, note="there is not enough memory to load it")
         found = self._check_behaviour(path, wanted)
         return FileCheck("reload", count, worst, found.deviation, found.tokens)

@@ -16,9 +16,10 @@ from ... import log
 from ...checkpoint.atomic import atomic_directory
 from ...checkpoint.disk import disk_errors, human, require_free
 from ...checkpoint.safetensors_io import SafetensorsFolder
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, UnsupportedError
 from .. import ollama
 from ..merge import save_merged
+from . import converter as outside_converter
 from . import quantize
 from .check import Checker, FileCheck
 from .families import Family, family_of, rope
@@ -65,6 +66,7 @@ class Request:
         imatrix: Importance matrix by type name.
         first: Type of the file that ``llama-quantize`` starts from.
         verify: Whether files are read back and compared.
+        script: llama.cpp's converter, for families that are not written here.
     """
 
     types: tuple[FileType, ...]
@@ -73,6 +75,7 @@ class Request:
     imatrix: dict[str, Path | None]
     first: FileType
     verify: bool
+    script: Path | None = None
 
 
 def request(
@@ -82,6 +85,7 @@ def request(
     first_conversion: str | None = None,
     imatrix_file: str | bool | os.PathLike[str] | None = None,
     llama_quantize: str | os.PathLike[str] | None = None,
+    converter: str | os.PathLike[str] | None = None,
     verify: bool = True,
 ) -> Request:
     """Return what the arguments of ``save_pretrained_gguf`` ask for.
@@ -92,6 +96,7 @@ def request(
         first_conversion: Type of the file that ``llama-quantize`` starts from; None means ``dtype``.
         imatrix_file: Importance matrix for ``llama-quantize``.
         llama_quantize: The program or its folder; None looks on PATH.
+        converter: llama.cpp's converter or its folder, for families that are not written here.
         verify: Whether files are read back and compared.
 
     Raises:
@@ -118,7 +123,21 @@ def request(
     kept = [entry for entry in wanted if entry not in later]
     if later:
         kept.append(FILE_TYPES["q8_0"])
-    return Request(tuple(dict.fromkeys(kept)), later, tool, imatrix, first, verify)
+    script = outside_converter.find_script(converter) if converter is not None else None
+    return Request(tuple(dict.fromkeys(kept)), later, tool, imatrix, first, verify, script)
+
+
+def _family(config: Any, wanted: Request) -> Family | None:
+    """The model's row, or None where the converter that was given has to write it."""
+    try:
+        family = family_of(config)
+    except UnsupportedError:
+        if wanted.script is None:
+            raise
+        outside_converter.check_types(wanted.types, wanted.tool)
+        return None
+    check_types(family, wanted)
+    return family
 
 
 def check_types(family: Family, wanted: Request) -> None:
@@ -161,8 +180,8 @@ def export_gguf(
         CheckpointError: merging, writing or verification failed; nothing is left under a final name.
     """
     inner = text_tokenizer(tokenizer)
-    check_types(family_of(model.config), wanted)  # before the work
-    read_tokenizer(inner, model.get_input_embeddings().weight.shape[0])
+    if _family(model.config, wanted) is not None:  # before the work
+        read_tokenizer(inner, model.get_input_embeddings().weight.shape[0])
     with atomic_directory(directory, overwrite=True, keep=lambda entry: True) as temporary:
         merged = keep_merged or temporary / _MERGED
         save_merged(model, merged, tokenizer, verify=wanted.verify, announce=False)
@@ -192,12 +211,14 @@ class _Source:
     tokenizer: GGUFTokenizer
 
 
-def _open(folder: Path, tokenizer: Any) -> _Source:
+def _config(folder: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError("the folder holds no model", where=str(folder), why=str(error)) from error
-    family = family_of(config)
+
+
+def _open(folder: Path, config: Any, family: Family, tokenizer: Any) -> _Source:
     if rope(config).get("truncate") is False:
         log.info("llama.cpp rounds the ends of yarn's ramp to whole dimensions, which this model does not")
     window = getattr(config, "sliding_window", None)
@@ -211,8 +232,11 @@ def _open(folder: Path, tokenizer: Any) -> _Source:
 
 def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name: str, final: Path) -> GGUFReport:
     start = time.monotonic()
-    source = _open(folder, tokenizer)
-    check_types(source.family, wanted)
+    config = _config(folder)
+    family = _family(config, wanted)
+    if family is None:
+        return _write_by_converter(folder, target, tokenizer, wanted, name=name, final=final)
+    source = _open(folder, config, family, tokenizer)
     bases = [wanted.first] if any(entry.external is not None for entry in wanted.types) else []
     written_as = [wanted.first if entry.external is not None else entry for entry in wanted.types]
     needed = sum(planned_bytes(source.tensors, entry) for entry in (*bases, *written_as))
@@ -249,6 +273,35 @@ def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name:
         tuple(entry.name for entry in wanted.types),
         checks,
         kept,
+        time.monotonic() - start,
+    )
+
+
+def _write_by_converter(
+    folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name: str, final: Path
+) -> GGUFReport:
+    start = time.monotonic()
+    assert wanted.script is not None
+    # A type is at most as large as 32-bit floats; the converter alone knows what it will be.
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 2 * len(wanted.types) + _ROOM
+    require_free(target, needed, what="the GGUF files")
+    checks: dict[str, FileCheck] = {}
+    files = [target / f"{name}.{entry.name.upper()}.gguf" for entry in wanted.types]
+    with disk_errors(final, needed, what="the GGUF files"):
+        for path, entry in zip(files, wanted.types, strict=True):
+            imatrix = wanted.imatrix.get(entry.name)
+            outside_converter.write_file(wanted.script, folder, path, entry, wanted.first, wanted.tool, imatrix)
+            if wanted.verify:
+                checks[path.name] = outside_converter.check(path, folder, entry)
+        adds_bos = outside_converter.adds_bos(files[0])
+        modelfile = ollama.write_modelfile(target, files[0].name, tokenizer, adds_bos=adds_bos)
+    return GGUFReport(
+        final,
+        tuple(final / path.name for path in files),
+        final / modelfile.name if modelfile is not None else None,
+        tuple(entry.name for entry in wanted.types),
+        checks,
+        {},
         time.monotonic() - start,
     )
 

@@ -105,7 +105,8 @@ def unsupported(what: str, *, where: str, why: str | None = None) -> Unsupported
         what,
         where=where,
         why=why,
-        hint=f"save_pretrained_merged(folder, tokenizer), then with your own checkout of llama.cpp: {CONVERTER}",
+        hint="give your own checkout of llama.cpp as converter=; or save_pretrained_merged(folder, tokenizer) and "
+        + CONVERTER,
     )
 
 

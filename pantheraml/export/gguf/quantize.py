@@ -96,9 +96,14 @@ def run(tool: Path, source: Path, target: Path, wanted: FileType, imatrix: Path 
     except OSError as error:
         raise CheckpointError(f"cannot run {_NAME}", where=str(tool), why=str(error)) from error
     if done.returncode != 0 or not target.is_file():
-        lines = (done.stdout + b"\n" + done.stderr).decode(errors="replace").strip().splitlines()
         raise CheckpointError(
             f"{_NAME} failed with exit code {done.returncode}",
             where=shown(command),
-            why="\n         ".join(lines[-_LAST_LINES:]) or "it wrote nothing",
+            why=last_lines(done),
         )
+
+
+def last_lines(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The end of what a program said, for an error."""
+    lines = (done.stdout + b"\n" + done.stderr).decode(errors="replace").strip().splitlines()
+    return "\n         ".join(lines[-_LAST_LINES:]) or "it wrote nothing"
