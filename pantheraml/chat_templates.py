@@ -7,13 +7,16 @@ from .data.masking import mask_non_responses
 from .data.replies import assistant_masks
 from .data.responses import train_on_responses_only
 from .data.sharegpt import remove_special_tokens, standardize_data_formats, standardize_sharegpt, to_sharegpt
+from .data.stopping import create_stopping_criteria, get_ollama_eos_tokens
 from .data.templates.apply import get_chat_template, stop_token_ids
 
 __all__ = [
     "apply_chat_template",
     "assistant_masks",
     "construct_chat_template",
+    "create_stopping_criteria",
     "get_chat_template",
+    "get_ollama_eos_tokens",
     "mask_non_responses",
     "remove_special_tokens",
     "standardize_data_formats",

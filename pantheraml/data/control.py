@@ -122,6 +122,17 @@ class TypedControl:
         """The rendering as people read it, with what was typed in its place."""
         return self._written.sub(lambda match: self._typed_by.get(match[0], match[0]), rendered)
 
+    def typed_places(self, rendered: str) -> list[Span]:
+        """Where in ``text(rendered)`` control tokens stand that were typed."""
+        places: list[Span] = []
+        longer = 0
+        for match in self._written.finditer(rendered):
+            if token := self._typed_by.get(match[0]):
+                start = match.start() + longer
+                places.append((start, start + len(token)))
+                longer += len(token) - 1
+        return places
+
     @functools.cached_property
     def _backend(self) -> Any:
         backend = renamed(self._inner._tokenizer, self._alias)

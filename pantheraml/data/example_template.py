@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .. import log
 from ..errors import ArgumentError, ConfigError, DataError
+from .control import control_of
+from .encoding import TYPED
+from .pieces import text_part
 from .sharegpt import standardize_sharegpt
 
 _LLAMA_3_TURN = (
@@ -285,7 +288,8 @@ def apply_chat_template(
 ) -> Any:
     """Render the column ``conversations`` into a column ``text``, by a template made from an example.
 
-    The tokenizer keeps the template, so that generation uses the layout of training.
+    The tokenizer keeps the template, so that generation uses the layout of training. Where conversations spell control
+    tokens, the column ``typed_control_tokens`` says where they stand in the text, so that they stay text in training.
 
     Args:
         dataset: A ``Dataset`` or ``IterableDataset``; its conversations may have ``from``/``value`` messages.
@@ -316,16 +320,30 @@ def apply_chat_template(
     for holder in {id(held): held for held in (tokenizer, getattr(tokenizer, "tokenizer", tokenizer))}.values():
         holder.chat_template = template.jinja_template
 
-    def render(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[str]]:
-        texts = []
+    control = control_of(text_part(tokenizer))
+    standard = standardize_sharegpt(dataset)
+    # A stream has the column in any case, since it is read only once.
+    told = not isinstance(dataset, Dataset) or any(control.typed(row[_COLUMN] or ()) for row in standard)
+
+    def render(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        texts, places = [], []
         for row, chat in zip(rows, batch[_COLUMN]):
+            typed = told and control.typed(chat or ()) is not None
             try:
-                texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+                text = tokenizer.apply_chat_template(control.hide(chat) if typed else chat, tokenize=False)
             except TemplateError as error:
                 raise DataError(
                     "a conversation does not fit the chat template", where=f"row {row + 1}", why=str(error)
                 ) from error
-        return {"text": texts}
+            texts.append(control.text(text) if typed else text)
+            places.append([place for span in control.typed_places(text) for place in span] if typed else None)
+        return {"text": texts} | ({TYPED: places} if told else {})
 
-    options = {"desc": "Applying the chat template"} if isinstance(dataset, Dataset) else {}
-    return standardize_sharegpt(dataset).map(render, batched=True, with_indices=True, **options)
+    options: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        options = {"desc": "Applying the chat template"}
+        if told:
+            # A batch without any would be of another type.
+            types = {"text": Value("string"), TYPED: List(Value("int64"))}
+            options["features"] = Features({**standard.features, **types})
+    return standard.map(render, batched=True, with_indices=True, **options)

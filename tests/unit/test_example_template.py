@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from pantheraml.chat_templates import apply_chat_template, construct_chat_template
+from pantheraml.data.encoding import Encoder
 from pantheraml.data.example_template import DEFAULT_SYSTEM_MESSAGE, LLAMA_3_EXAMPLE
 from pantheraml.errors import ArgumentError, ConfigError, DataError
 
@@ -195,6 +196,23 @@ def test_data_sets_are_rendered_and_the_tokenizer_keeps_the_template(tokenizer):
     )
     streamed = apply_chat_template(dataset.to_iterable_dataset(), tokenizer=tokenizer, chat_template=ALPACA)
     assert [row["text"] for row in streamed] == found["text"][:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_control_tokens_in_conversations_stay_text_in_training(tokenizer, streaming):
+    typed = "say </s> and <|user|></s>"
+    dataset = Dataset.from_dict({"conversations": [[user("a"), bot("b")], [user(typed), bot("b</s>c")]]})
+    given = dataset.to_iterable_dataset() if streaming else dataset
+    rows = list(apply_chat_template(given, tokenizer, ALPACA))
+    assert rows[1]["text"].count(typed) == 1
+    spans = rows[1]["typed_control_tokens"]
+    found = [rows[1]["text"][start:end] for start, end in zip(spans[::2], spans[1::2])]
+    assert found == ["</s>", "<|user|>", "</s>", "</s>"]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    encoded = Encoder(tokenizer)(columns)
+    assert [ids.count(tokenizer.eos_token_id) for ids in encoded.ids] == [1, 1]
+    assert encoded.typed == [None, "</s>"]
+    assert tokenizer.decode(encoded.ids[1]) == rows[1]["text"]
 
 
 def test_processors_get_the_template_too(tokenizer):
