@@ -317,16 +317,21 @@ class ResponseCollator:
         return batch
 
 
+def with_labels(collator: Any, tokenizer: Any) -> DataCollatorForSeq2Seq:
+    """A collator that keeps labels, in place of one that makes them of the token ids."""
+    log.info(f"{type(collator).__name__} makes its own labels: DataCollatorForSeq2Seq takes its place")
+    return DataCollatorForSeq2Seq(
+        text_part(tokenizer), pad_to_multiple_of=collator.pad_to_multiple_of, label_pad_token_id=IGNORED
+    )
+
+
 def _keep_labels(trainer: Any, tokenizer: Any) -> None:
     """See that the trainer's collator gives the model the labels of the rows, and replace one that would not."""
     dataset, collator = getattr(trainer, "train_dataset", None), getattr(trainer, "data_collator", None)
     if dataset is None or collator is None:
         return
     if isinstance(collator, _WITHOUT_LABELS) and not getattr(collator, "mlm", False):
-        trainer.data_collator = DataCollatorForSeq2Seq(
-            text_part(tokenizer), pad_to_multiple_of=collator.pad_to_multiple_of, label_pad_token_id=IGNORED
-        )
-        log.info(f"{type(collator).__name__} makes its own labels: DataCollatorForSeq2Seq takes its place")
+        trainer.data_collator = with_labels(collator, tokenizer)
         return
     rows = [dict(row) for _, row in zip(range(_COLLATED), dataset)]
     if getattr(trainer.args, "remove_unused_columns", False) and hasattr(trainer, "_set_signature_columns_if_needed"):

@@ -125,6 +125,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     on_xla = get_device().type == "xla"
     if not on_xla and getattr(trainer, "padding_free", False) and hasattr(trainer, "data_collator"):
         check_isolation(trainer)
+    rows.keep_labels(trainer)
     padding_free.complete(trainer)
     rows.check_labels(trainer.train_dataset)
     _prepare_evaluations(trainer)

@@ -8,8 +8,10 @@ from typing import Any
 
 import psutil
 from datasets import Dataset, IterableDataset
+from transformers import DataCollatorForLanguageModeling
 
 from .. import log
+from ..data.responses import with_labels
 from ..errors import DataError
 
 IGNORED = -100
@@ -24,6 +26,10 @@ _PROBED = (2, 3)
 
 # Columns of which all together make rows that TRL can train on. The text column's name is the user's.
 _USABLE = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"})
+
+
+class NoColumnError(DataError, RuntimeError):
+    """No column of a data set can be trained on."""
 
 
 def prepare(
@@ -48,7 +54,8 @@ def prepare(
         The data set, or the dict of them.
 
     Raises:
-        DataError: no rows, no usable column, or a formatting function that returns no text.
+        DataError: no rows, or a formatting function that returns no text.
+        NoColumnError: no usable column.
     """
     if isinstance(dataset, dict):
         return {
@@ -67,7 +74,7 @@ def prepare(
         dataset = _formatted(dataset, formatting_func, args.dataset_text_field, workers)
         first = dict(next(iter(dataset)))
     if not is_usable(first, args):
-        raise DataError(
+        raise NoColumnError(
             f"the {name} data set has no column to train on",
             where=f"{name}_dataset",
             why=f"its columns are {', '.join(map(repr, first))}",
@@ -133,6 +140,16 @@ def _is_batched(function: Callable[..., Any], batch: Mapping[str, list[Any]]) ->
         return False
     count = len(next(iter(batch.values())))
     return isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
+
+
+def keep_labels(trainer: Any) -> None:
+    """Replace a collator of transformers that makes labels of the token ids, where rows have labels of their own."""
+    collator, dataset = getattr(trainer, "data_collator", None), trainer.train_dataset
+    if type(collator) is not DataCollatorForLanguageModeling or collator.mlm or dataset is None:
+        return
+    columns = dataset.column_names if isinstance(dataset, Dataset) else next(iter(dataset), {})
+    if "labels" in columns:
+        trainer.data_collator = with_labels(collator, trainer.processing_class)
 
 
 def check_labels(dataset: Any) -> None:

@@ -152,6 +152,13 @@ def test_the_whole_row_can_be_trained_where_there_is_a_prompt(model, tokenizer, 
     assert all(row["labels"] == row["input_ids"] for row in trainer.train_dataset)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, DataError])
+def test_rows_without_a_column_to_train_on_are_refused(error, model, tokenizer, tmp_path):
+    """Unsloth raises a RuntimeError there, which scripts may catch."""
+    with pytest.raises(error, match="no column to train on"):
+        trainer_of(model, tokenizer, Dataset.from_dict({"body": ["a"]}), tmp_path)
+
+
 def test_data_for_evaluation_are_prepared_alike(model, tokenizer, tmp_path):
     dataset = Dataset.from_list(ROWS["messages"])
     trainer = trainer_of(model, tokenizer, dataset, tmp_path)

@@ -43,7 +43,7 @@ def messages(monkeypatch):
 def sft(folder, tokenizer, train, **options):
     from trl import SFTConfig, SFTTrainer
 
-    keywords = {name: options.pop(name) for name in ("eval_dataset",) if name in options}
+    keywords = {name: options.pop(name) for name in ("eval_dataset", "data_collator") if name in options}
     options = {"max_steps": 1, "optim": "adamw_torch", "per_device_train_batch_size": 4} | options
     args = SFTConfig(output_dir=str(folder), **options)
     model = panthera_model(max_seq_length=256)
@@ -238,6 +238,17 @@ def test_a_collator_that_makes_labels_of_the_token_ids_is_replaced(tmp_path, tok
     (batch,) = trainer.get_train_dataloader()
     assert sorted(trained_text(batch, tokenizer)) == sorted(replies(CHATS))
     assert any("DataCollatorForSeq2Seq takes its place" in message for message in messages)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_rows_tokenised_before_survive_a_collator_that_makes_its_own(tmp_path, tokenizer, streaming, capsys):
+    rows = Dataset.from_dict({"input_ids": [[0, 5, 6, 1]] * 4, "labels": [[-100, -100, 6, 1]] * 4})
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    given = rows.to_iterable_dataset() if streaming else rows
+    trainer = sft(tmp_path, tokenizer, given, data_collator=collator)
+    batch = trainer.data_collator([{"input_ids": [0, 5, 6, 1], "labels": [-100, -100, 6, 1]}])
+    assert batch["labels"].tolist() == [[-100, -100, 6, 1]]
+    assert "DataCollatorForSeq2Seq takes its place" in capsys.readouterr().err
 
 
 def test_a_collator_that_drops_labels_is_refused(tmp_path, tokenizer):
