@@ -365,6 +365,12 @@ def _finished(
     return chunks
 
 
+def _wants_replies(args: argparse.Namespace, dataset: Dataset | IterableDataset) -> bool:
+    """Whether replies are still to be found; of a prompt with completion only the completion is trained anyway."""
+    first: Any = next(iter(dataset), {})
+    return args.responses_only and not isinstance(first.get("prompt"), str)
+
+
 def _check_trained(
     dataset: Dataset | IterableDataset, tokenizer: Any, args: argparse.Namespace, max_seq_length: int
 ) -> None:
@@ -373,7 +379,7 @@ def _check_trained(
         return
     rows = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
     encoder = Encoder(tokenizer, parse_control=args.parse_control_tokens or None)
-    label = Labeller(response_masker(tokenizer), tokenizer) if args.responses_only else None
+    label = Labeller(response_masker(tokenizer), tokenizer) if _wants_replies(args, dataset) else None
     for row in prepare_stream(rows, encoder, Cut(max_seq_length)):
         if label is None or has_label(label(row)):
             return
@@ -417,7 +423,7 @@ def _trainer(
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
-    return train_on_responses_only(trainer) if args.responses_only else trainer
+    return train_on_responses_only(trainer) if _wants_replies(args, train_set) else trainer
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) -> dict[str, str]:

@@ -227,7 +227,10 @@ def look(
     training = checked if chunks else formats.render(checked, kind, tokenizer)
     encode, pieces, inner = Encoder(tokenizer, parse_control=parse_control), pieces_of(tokenizer), text_part(tokenizer)
     encode.begin(training[:BATCH_ROWS].get("prompt", ()))
-    label = Labeller(response_masker(tokenizer), tokenizer) if responses_only else None
+    # Of a prompt with completion only the completion is trained anyway.
+    first: Any = next(iter(training), {})
+    wants_replies = responses_only and not isinstance(first.get("prompt"), str)
+    label = Labeller(response_masker(tokenizer), tokenizer) if wants_replies else None
     controls = control_tokens(tokenizer)
     preview = Preview(max_length)
     kept = array("Q")

@@ -112,12 +112,15 @@ def banner(args: Any, state: Any, model: nn.Module | None, dataloader: Any) -> s
     """What is trained: examples, epochs, steps, batch, and the share of the parameters that is trained."""
     # The loader of an XLA device holds the ordinary one.
     dataset: Any = getattr(getattr(dataloader, "dataloader", dataloader), "dataset", None)
-    examples = f"{len(dataset):,} examples" if hasattr(dataset, "__len__") else "a stream of examples"
+    # A stream is begun again until the steps are made: its epochs are not known beforehand.
+    examples = "a stream of examples"
+    if hasattr(dataset, "__len__"):
+        examples = f"{len(dataset):,} examples, {state.num_train_epochs:,} epochs"
     batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     if get_device().type == "xla":
         ranks = xla.current_mesh().shape[xla.FSDP]
     lines = [
-        f"training on {examples}, {state.num_train_epochs:,} epochs, {state.max_steps:,} steps",
+        f"training on {examples}, {state.max_steps:,} steps",
         f"  batch {batch} x accumulation {accumulation} x {ranks} devices = {batch * accumulation * ranks} a step",
     ]
     if model is not None:

@@ -338,7 +338,10 @@ def test_data_that_teach_nothing_stop_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "stream"])
-def test_only_replies_are_trained_where_asked(streaming, tiny_llama_dir, files, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "expected"), [("chat.jsonl", "general greetings</s>"), ("qa.csv", "five</s>")])
+def test_only_replies_are_trained_where_asked(
+    name, expected, streaming, tiny_llama_dir, files, tmp_path, capsys, monkeypatch
+):
     from trl import SFTTrainer
 
     seen = []
@@ -349,11 +352,11 @@ def test_only_replies_are_trained_where_asked(streaming, tiny_llama_dir, files, 
 
     monkeypatch.setattr(SFTTrainer, "train", stop)
     flags = ["--responses_only", *(["--streaming"] if streaming else [])]
-    assert train(tiny_llama_dir, files / "chat.jsonl", tmp_path / "out", *flags) == 1
+    assert train(tiny_llama_dir, files / name, tmp_path / "out", *flags) == 1
     from transformers import AutoTokenizer
 
     labels = [label for label in seen[0]["labels"] if label != -100]
-    assert AutoTokenizer.from_pretrained(tiny_llama_dir).decode(labels) == "general greetings</s>"
+    assert AutoTokenizer.from_pretrained(tiny_llama_dir).decode(labels) == expected
 
 
 def test_chats_without_a_template(tiny_llama_dir, files, tmp_path, capsys):

@@ -100,8 +100,9 @@ def test_segments_join_to_the_text_and_mark_what_has_labels(tiny_tokenizer):
             ["<s><|user|>\nhello there</s>\n<|assistant|>\ngeneral greetings</s>\n"],
         ),
         ({"messages": CHAT * 2}, {"responses_only": True}, ["general greetings</s>"] * 2),
+        ({"prompt": "2+3=", "completion": "5"}, {"responses_only": True}, ["5</s>"]),
     ],
-    ids=["text", "prompt", "chat prompt", "messages", "replies"],
+    ids=["text", "prompt", "chat prompt", "messages", "replies", "completion"],
 )
 def test_what_is_trained_of_each_kind(row, options, expected, tiny_tokenizer):
     preview = seen([row], tiny_tokenizer, **options)

@@ -142,3 +142,6 @@ def test_the_banner_says_what_is_trained():
         "6 of 6 parameters are trained (100.00%)",
     ):
         assert words in text
+    state.num_train_epochs = 2**63 - 1
+    stream = banner(args, state, nn.Linear(2, 2), SimpleNamespace(dataset=iter(())))
+    assert stream.startswith("training on a stream of examples, 1,000 steps")
