@@ -33,6 +33,7 @@ from ..errors import ConfigError, UnsupportedError
 from .host_memory import HostStash, OffloadSaved, available_bytes
 from .layers.block import Keep, Level, Offload
 from .layers.decoder import Cost, costs_of, is_node
+from .record import FRACTION, record_of
 
 Mode = Literal["auto", "recompute", "offload", "keep"]
 
@@ -86,6 +87,19 @@ def mode_of(value: bool | str | None) -> Mode:
             hint="use 'auto' (the same as 'unsloth' and 'pantheraml'), True, 'offload' or False",
         )
     return MODES[key]
+
+
+def check_fraction(fraction: Any) -> None:
+    """Raise unless ``fraction`` may be a share of the memory.
+
+    Raises:
+        ConfigError: it is not over 0 and at most 1.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ConfigError(
+            f"activation_memory_fraction must be over 0 and at most 1, not {fraction!r}",
+            where="argument activation_memory_fraction",
+        )
 
 
 @dataclass(frozen=True)
@@ -235,16 +249,12 @@ class ActivationPlan:
         layers: Sequence[nn.Module],
         mode: Mode,
         *,
-        fraction: float = 0.9,
+        fraction: float = FRACTION,
         memory: Callable[[torch.device], Memory | None] = read_memory,
         costs: Callable[[nn.Module, int, int], dict[Level, Cost] | None] = costs_of,
         host_memory: Callable[[], int] = available_bytes,
     ) -> None:
-        if not 0 < fraction <= 1:
-            raise ConfigError(
-                f"activation_memory_fraction must be over 0 and at most 1, not {fraction}",
-                where="argument activation_memory_fraction",
-            )
+        check_fraction(fraction)
         self.mode = mode
         self.fraction = fraction
         self.levels: list[Level] = [_FIXED.get(mode, INPUT) for _ in layers]
@@ -516,14 +526,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def set_activation_plan(
-    model: nn.Module, value: bool | str | None, *, activation_memory_fraction: float = 0.9
+    model: nn.Module, value: bool | str | None, *, activation_memory_fraction: float | None = None
 ) -> ActivationPlan:
     """Install a plan on this instance; a later call replaces it.
 
     Args:
         model: A transformers model, or a PEFT model around one.
         value: ``"auto"`` (also ``"unsloth"``, ``"pantheraml"``), True, ``"offload"`` or False.
-        activation_memory_fraction: Share of the free device memory that the automatic mode may fill, default 0.9.
+        activation_memory_fraction: Share of the free device memory that the automatic mode may fill. Default None: what
+            ``from_pretrained`` was given, or 0.9.
 
     Returns:
         The plan, also kept as ``model.activation_plan``.
@@ -533,6 +544,9 @@ def set_activation_plan(
         UnsupportedError: the architecture has no layer that can be recomputed, and recomputation was asked for.
     """
     mode = mode_of(value)
+    if activation_memory_fraction is None:
+        record = record_of(model)
+        activation_memory_fraction = FRACTION if record is None else record.activation_memory_fraction
     layers = decoder_layers(model)
     if not layers and mode in ("recompute", "offload"):
         raise UnsupportedError(

@@ -343,6 +343,7 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         full_finetuning=request.full_finetuning,
         max_seq_length=plan.length,
         gradient_checkpointing=plan.mode,
+        activation_memory_fraction=request.activation_memory_fraction,
         token=request.token,
         load_kwargs=_reload_options(request, source, plan.model_options),
     )

@@ -117,7 +117,8 @@ class FastLanguageModel:
             **kwargs: ``quantization_config``, ``config``, ``num_labels``, ``id2label``, ``label2id``, ``problem_type``
                 (these give a sequence-classification model), ``attn_implementation``, ``cache_dir``,
                 ``local_files_only``, ``force_download``, ``subfolder``, ``variant``, ``gguf_file``, ``torch_dtype``,
-                ``use_safetensors``, ``tokenizer_name``, and any field of the model's configuration.
+                ``use_safetensors``, ``tokenizer_name``, ``activation_memory_fraction`` (share of the free device
+                memory that kept activations may fill, default 0.9), and any field of the model's configuration.
 
         Returns:
             The model and its tokenizer (the processor of a multimodal model). The tokenizer pads on the left.

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ATTRIBUTE = "_pantheraml_record"
+# Of the free device memory, what kept activations may fill where nothing else is said.
+FRACTION = 0.9
 
 
 @dataclass
@@ -25,6 +27,7 @@ class ModelRecord:
         full_finetuning: Whether every weight is trained.
         max_seq_length: Longest sequence in tokens the user asked for.
         gradient_checkpointing: ``True``, ``False``, ``"unsloth"``, ``"pantheraml"``, ``"auto"`` or ``"offload"``.
+        activation_memory_fraction: Share of the free device memory that kept activations may fill.
         token: Hub token given by the caller; kept out of ``repr`` so that it reaches no log.
         load_kwargs: Keyword arguments that reload the same weights (``subfolder``, ``cache_dir``, ...).
     """
@@ -37,6 +40,7 @@ class ModelRecord:
     full_finetuning: bool
     max_seq_length: int
     gradient_checkpointing: bool | str = "auto"
+    activation_memory_fraction: float = FRACTION
     token: str | None = field(default=None, repr=False)
     load_kwargs: dict[str, Any] = field(default_factory=dict)
 

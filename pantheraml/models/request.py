@@ -16,9 +16,11 @@ from ..errors import (
     unknown_arguments,
 )
 from . import safety
+from .activations import check_fraction
 from .context import DEFAULT_MAX_SEQ_LENGTH
 from .qat import check_scheme
 from .quantize import LOAD_IN_4BIT_DEFAULT
+from .record import FRACTION
 from .resolve import parse_dtype
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ class LoadRequest:
     tokenizer_name: str | None = None
     tokenizer_revision: str | None = None
     unsloth_vllm_standby: bool = False
+    activation_memory_fraction: float = FRACTION
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -149,6 +152,7 @@ def check_options(request: LoadRequest, device: Device) -> None:
             raise ArgumentError(
                 f"{name} must be True or False, got {getattr(request, name)!r}", where=f"argument {name}"
             )
+    check_fraction(request.activation_memory_fraction)
     if request.token is not None and not isinstance(request.token, str):
         raise ArgumentError("token must be a string", where="argument token")
     if request.extra.get("weights_only") is False:

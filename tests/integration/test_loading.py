@@ -396,6 +396,7 @@ def test_adapter_of_another_shape(tiny_llama_dir, tmp_path):
         ({"tpu_cores": 4}, UnsupportedError, "tpu_cores"),
         ({"device_map": "unsloth-planner"}, ConfigError, "device_map"),
         ({"device_map": "cuda:0"}, UnsupportedError, "computes on cpu"),
+        ({"activation_memory_fraction": 1.5}, ConfigError, "activation_memory_fraction"),
         ({"use_gradient_checkpointing": "always"}, ConfigError, "checkpointing mode"),
         ({"attn_implementation": "org/kernel"}, UnsupportedError, "download and run a kernel"),
         ({"weights_only": False}, UnsupportedError, "unpickle"),
@@ -549,3 +550,12 @@ def test_token_is_in_no_message(tiny_llama_dir, capfd):
     with pytest.raises(PantheraMLError) as raised:
         load("nobody/no-such-model", token="hf_canary")
     assert "hf_canary" not in str(raised.value)
+
+
+def test_the_share_of_memory_for_activations_lasts(tiny_llama_dir):
+    model = load(tiny_llama_dir, load_in_4bit=False, activation_memory_fraction=0.4)
+    model = FastLanguageModel.get_peft_model(model[0], use_gradient_checkpointing="auto")
+    assert model.get_base_model().activation_plan.fraction == 0.4
+    FastLanguageModel.for_inference(model)
+    FastLanguageModel.for_training(model)
+    assert model.get_base_model().activation_plan.fraction == 0.4
