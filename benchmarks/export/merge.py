@@ -7,8 +7,9 @@ all linear layers. "copy" copies the files of its folder and flushes them to the
 `save_pretrained_merged` without its check, "merge and verify" with it. Each is timed in turn, and from the same start:
 the disk's queue is empty, the base's files are in the page cache, and as much memory as will be written has just been
 touched and given back. The last is for virtual machines, which take several times as long to write into memory that
-their host must find first. CPU seconds are those of this process, whatever else the machine does. Memory is the peak of
-the process while it merges, less what it held before.
+their host must find first. Before each it is waited, up to ten minutes, for other processes to leave the cores alone;
+what these took all the same is told as CPU seconds of others. CPU seconds are those of this process, whatever else the
+machine does. Memory is the peak of the process while it merges, less what it held before.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -43,6 +46,7 @@ WIDTHS = {
 }
 SHARD = 5 * 10**9
 ROOM = 1 << 30  # bytes of memory touched beyond what will be written
+QUIET, PATIENCE = 5.0, 600.0  # per cent of the cores that others may use, and seconds to wait for that
 
 
 def build(layers: int, folder: Path) -> Any:
@@ -86,6 +90,9 @@ def copy(source: Path, target: Path) -> None:
 def settle(folder: Path) -> None:
     """Give each path the same start; see the top."""
     os.sync()
+    end = time.monotonic() + PATIENCE
+    while psutil.cpu_percent(1.0) > QUIET and time.monotonic() < end:
+        pass
     buffer = bytearray(1 << 20)
     size = 0
     for path in folder.iterdir():
@@ -98,11 +105,21 @@ def settle(folder: Path) -> None:
             memory[start] = 1
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and CPU seconds of one call."""
-    start, used = time.perf_counter(), time.process_time()
+Timing = tuple[float, float, float]  # seconds, CPU seconds of this process, and of others
+
+
+def busy() -> float:
+    """CPU seconds that all processes have taken since the machine started."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
+
+
+def timed(action: Callable[[], Any]) -> Timing:
+    """Time one call."""
+    start, used, everything = time.perf_counter(), time.process_time(), busy()
     action()
-    return time.perf_counter() - start, time.process_time() - used
+    used = time.process_time() - used
+    return time.perf_counter() - start, used, max(0.0, busy() - everything - used)
 
 
 class PeakMemory:
@@ -130,7 +147,7 @@ class PeakMemory:
             self.growth = max(self.growth, self._held() - self._start)
 
 
-def demo_seconds(folder: Path) -> tuple[float, float]:
+def demo_seconds(folder: Path) -> Timing:
     """Seconds of the demo model's export to q8_0, verified, once it is loaded."""
     import torch
 
@@ -143,7 +160,7 @@ def demo_seconds(folder: Path) -> tuple[float, float]:
     return timed(lambda: model.save_pretrained_gguf(folder / "demo", tokenizer, quantization_method="q8_0"))
 
 
-def demo_command_seconds(folder: Path) -> tuple[float, float]:
+def demo_command_seconds(folder: Path) -> Timing:
     """Seconds of the whole command, from the start of Python to its end."""
     from pantheraml.assets import demo_model_dir
 
@@ -165,7 +182,7 @@ def run(layers: int, repeats: int, folder: Path) -> dict[str, Any]:
     results["bytes"] = sum(path.stat().st_size for path in (folder / "base").iterdir())
     results["growth"] = 0
 
-    def merge(name: str, verify: bool) -> tuple[float, float]:
+    def merge(name: str, verify: bool) -> Timing:
         from pantheraml.export.merge import save_merged
 
         settle(folder / "base")
@@ -195,13 +212,16 @@ def report(results: dict[str, Any], layers: int) -> str:
     size, copied = results["bytes"], min(results["copy"])[0]
     rows = []
     for name, key in (("copy", "copy"), ("merge", "merge"), ("merge and verify", "verified")):
-        seconds = [wall for wall, _ in results[key]]
-        cpu = min(used for _, used in results[key])
+        seconds = [entry[0] for entry in results[key]]
+        cpu = min(entry[1] for entry in results[key])
         shown = ", ".join(f"{value:.1f}" for value in seconds)
+        others = ", ".join(f"{entry[2]:.1f}" for entry in results[key])
         fastest = min(seconds)
-        rows.append(f"| {name} | {shown} | {cpu:.1f} | {size / fastest / 1e6:,.0f} | {fastest / copied:.2f} |")
-    walls = {key: ", ".join(f"{wall:.1f}" for wall, _ in results[key]) for key in ("demo", "command")}
-    demo_cpu = min(used for _, used in results["demo"])
+        rows.append(
+            f"| {name} | {shown} | {cpu:.1f} | {others} | {size / fastest / 1e6:,.0f} | {fastest / copied:.2f} |"
+        )
+    walls = {key: ", ".join(f"{entry[0]:.1f}" for entry in results[key]) for key in ("demo", "command")}
+    demo_cpu = min(entry[1] for entry in results["demo"])
     return "\n".join(
         [
             f"# Merging beside copying, {platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -211,8 +231,8 @@ def report(results: dict[str, Any], layers: int) -> str:
             f"Llama of the widths of 8B with {layers} of 32 layers, {size / 1e9:.1f} GB in bf16, shards of 5 GB, LoRA "
             "of rank 16 on all linear layers.",
             "",
-            "| path | seconds | CPU seconds (fewest) | MB/s (fastest) | x copy (fastest) |",
-            "|---|---|---|---|---|",
+            "| path | seconds | CPU seconds (fewest) | of others | MB/s (fastest) | x copy (fastest) |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
             f"While merging, the process held {results['growth'] / 1e9:.2f} GB more than before "

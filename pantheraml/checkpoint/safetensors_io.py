@@ -2,7 +2,7 @@
 
 Format: https://huggingface.co/docs/safetensors (eight bytes of header length, a JSON header, the raw tensors without
 holes). The writer knows every shape before it starts, so that it writes the header first and then never holds more than
-two tensors, or pieces of them, the one on its way to the disk and the next; the reader trusts neither the index nor the
+the tensor, or a few pieces of tensors, on the way to the disk and the next; the reader trusts neither the index nor the
 shards.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _ALIGNMENT = 8
 # Bytes handed to the disk at a time. From 2 MB on, Linux gives a write's part of the page cache in pages of 2 MB; on a
 # virtual machine that had given such pages back to its host, writing in this way took five times as long.
 _WRITE = 1 << 18
+AHEAD = 3  # pieces that may wait for the disk, as long as they are small: with one, either thread waits for the other
+_WAITING = 1 << 23  # bytes that may wait; a larger piece waits alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def _aligned(specs: Sequence[TensorSpec]) -> bool:
 def _write_shard(path: Path, specs: Sequence[TensorSpec], produce: Producer, checksums: dict[str, int] | None) -> None:
     ordered = specs if _aligned(specs) else sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
-    # While one piece is written, the next is produced. Leaving the pool waits for the write, so the file closes last.
+    # While pieces are written, the next is produced. Leaving the pool waits for the writes, so the file closes last.
     with open(path, "wb") as file, ThreadPoolExecutor(1, "safetensors") as pool:
 
         def write(data: memoryview) -> None:
@@ -144,17 +147,18 @@ def _write_shard(path: Path, specs: Sequence[TensorSpec], produce: Producer, che
                     file.write(data[start : start + _WRITE])
 
         file.write(_header(ordered, {"format": "pt"}))
-        writing: Future[None] | None = None
+        waiting: deque[tuple[int, Future[None]]] = deque()
         for spec in ordered:
             for piece in _pieces(spec, produce(spec)):
                 data = _bytes(piece)
+                size = len(data)
                 if checksums is not None:
                     checksums[spec.name] = zlib.crc32(data, checksums.get(spec.name, 0))
-                if writing is not None:
-                    writing.result()
-                writing = pool.submit(write, data)
+                while waiting and (len(waiting) == AHEAD or sum(held for held, _ in waiting) + size > _WAITING):
+                    waiting.popleft()[1].result()
+                waiting.append((size, pool.submit(write, data)))
                 del piece, data
-        if writing is not None:
+        for _, writing in waiting:
             writing.result()
 
 
@@ -190,8 +194,8 @@ def write_sharded(
         directory: Existing folder to write into.
         specs: Names, shapes and dtypes, in the order in which they fill the shards.
         produce: Called once for each spec, shard by shard (where alignment asks for it, wide dtypes first). It gives
-            the tensor, on any device, or pieces that make it up in row-major order; each is written while the next is
-            asked for, and dropped before the one after that. It must not be changed until then.
+            the tensor, on any device, or pieces that make it up in row-major order; each is written while further ones
+            are asked for, and must not be changed until ``AHEAD`` were.
         max_shard_size: Bytes.
         stem: Start of the file names.
         checksums: Compute a checksum of each tensor, to compare it with what is read back.

@@ -20,6 +20,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.safetensors_io import AHEAD
 from ..errors import CheckpointError, UnsupportedError
 from ..models.layers.fp8 import Fp8Linear
 from ..models.layers.fp8_adapters import LoraOnFp8
@@ -90,6 +91,26 @@ def quantized_weight(module: nn.Module, parameter: Any) -> QuantizedWeight | Non
     return QuantizedWeight(module, shape[::-1] if transposed else shape, transposed)
 
 
+class Buffers:
+    """Memory for one block after the other; to take it anew each time costs more than what is computed in it."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._turn = 0
+
+    def take(self, role: str | int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the shape and on the device of ``like``; it is the same memory for the same ``role``."""
+        key = (role, dtype, like.device)
+        if key not in self._held or self._held[key].numel() < like.numel():
+            self._held[key] = torch.empty(max(BLOCK, like.numel()), dtype=dtype, device=like.device)
+        return self._held[key][: like.numel()].view(like.shape)
+
+    def result(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor to hand on, which stays until ``AHEAD`` more were taken."""
+        self._turn = (self._turn + 1) % (AHEAD + 1)
+        return self.take(self._turn, like, dtype)
+
+
 def pending(layer: Any) -> list[str]:
     """Active adapters of a PEFT layer that it holds and that are not merged into its base yet."""
     held = layer._get_available_adapters()
@@ -115,15 +136,24 @@ def merged_rows(
     module: nn.Module,
     layers: tuple[Any, ...],
     dense: Callable[[str, QuantizedWeight], torch.Tensor],
+    buffers: Buffers,
     *,
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> Iterator[torch.Tensor] | None:
-    """Merge plain LoRA into the weight of a linear layer some rows at a time; the arguments are ``merged_copy``'s.
+    """Merge plain LoRA into the weight of a linear layer some rows at a time.
+
+    Args:
+        module: As for ``merged_copy``, and so are the others.
+        layers: PEFT layers around it.
+        dense: Gives the dense form of a quantised parameter.
+        buffers: Memory to compute in.
+        dtype: Dtype of the rows.
+        device: Where to compute.
 
     Returns:
-        Rows one after the other, each block in one of two buffers by turns: it is there until the block after the next
-        is asked for. None where the layers are something else.
+        Blocks of rows one after the other, each there until ``AHEAD`` more were asked for; None where the layers are
+        something else.
     """
     if len(layers) != 1 or not _plain_lora(layers[0]):
         return None
@@ -132,7 +162,7 @@ def merged_rows(
     if quantized is not None and quantized.transposed:
         return None
     base = weight.detach() if quantized is None else dense("weight", quantized)
-    return _with_products(base.to(device or weight.device), layers[0], dtype)
+    return _with_products(base.to(device or weight.device), layers[0], dtype, buffers)
 
 
 @torch.no_grad()
@@ -163,7 +193,7 @@ def merged_copy(
         UnsupportedError: PEFT has no merge for this adapter type.
         CheckpointError: PEFT's merge failed.
     """
-    rows = merged_rows(module, layers, dense, dtype=dtype, device=device)
+    rows = merged_rows(module, layers, dense, Buffers(), dtype=dtype, device=device)
     if rows is not None:
         return {"weight": torch.cat([block.clone() for block in rows])}
     touched = frozenset().union(*map(touches, layers))
@@ -208,7 +238,7 @@ def _plain_lora(layer: Any) -> bool:
     return not any(name in layer.lora_variant or layer.lora_bias[name] for name in pending(layer))
 
 
-def _with_products(weight: torch.Tensor, layer: Any, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _with_products(weight: torch.Tensor, layer: Any, dtype: torch.dtype, buffers: Buffers) -> Iterator[torch.Tensor]:
     """``weight [out, in]`` and the pending products of a plain LoRA layer, summed in fp32 and rounded once."""
     terms = [
         (
@@ -219,17 +249,15 @@ def _with_products(weight: torch.Tensor, layer: Any, dtype: torch.dtype) -> Iter
         for name in pending(layer)
     ]
     rows, columns = weight.shape
-    step = max(1, min(rows, BLOCK // max(1, columns)))
-    total, product = torch.empty(2, step, columns, dtype=torch.float32, device=weight.device)
-    results = torch.empty(2, step, columns, dtype=dtype, device=weight.device)
-    for turn, start in enumerate(range(0, rows, step)):
-        block = slice(start, min(start + step, rows))
-        sums, products, result = (buffer[: block.stop - start] for buffer in (total, product, results[turn % 2]))
-        sums.copy_(weight[block])
+    step = max(1, BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        block = weight[start : start + step]
+        total, product = (buffers.take(role, block, torch.float32) for role in ("total", "product"))
+        total.copy_(block)
         for A, B, scaling in terms:
-            torch.mm(B[block], A, out=products)
-            sums += products.mul_(scaling)
-        yield result.copy_(sums)
+            torch.mm(B[start : start + step], A, out=product)
+            total += product.mul_(scaling)
+        yield buffers.result(block, dtype).copy_(total)
 
 
 def _run_merge(layer: Any, adapters: list[str], where: str) -> None:

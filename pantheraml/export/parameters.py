@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 from ..checkpoint.safetensors_io import TensorSpec
 from ..errors import CheckpointError, ConflictError, UnsupportedError
 from ..models.layers.fp8 import Fp8Linear
-from .dense import BLOCK, QuantizedWeight, merged_copy, merged_rows, pending, quantized_weight, signature, touches
+from .dense import (
+    BLOCK,
+    Buffers,
+    QuantizedWeight,
+    merged_copy,
+    merged_rows,
+    pending,
+    quantized_weight,
+    signature,
+    touches,
+)
 
 DenseSource = Callable[[str, QuantizedWeight], torch.Tensor]
 _Source = tuple[Callable[[], torch.Tensor], Callable[[], Iterable[torch.Tensor]]]
@@ -36,7 +46,7 @@ class Parameter:
         layers: Names of the adapter modules that are merged into it.
         quantized: Set when the base is held quantised.
         value: Computes the tensor, in the dtype of ``spec``.
-        pieces: Computes it in pieces, in row-major order; each is there until the one after the next is asked for.
+        pieces: Computes it in pieces, in row-major order, for ``write_sharded``.
     """
 
     spec: TensorSpec
@@ -118,6 +128,7 @@ class MergedParameters:
     def __init__(self, base: PreTrainedModel, dtype: torch.dtype, dense: DenseSource) -> None:
         self._dtype = dtype
         self._dense = dense
+        self._buffers = Buffers()
         self._recent: tuple[tuple[int, ...], dict[str, torch.Tensor]] | None = None
         self._fp32 = set(getattr(base, "_keep_in_fp32_modules_strict", None) or ())
         if dtype == torch.float16:
@@ -215,7 +226,7 @@ class MergedParameters:
             return _finite(tensor.to(spec.dtype), spec.name)
 
         def pieces() -> Iterator[torch.Tensor]:
-            rows = _on_cpu_if_full(merged_rows, module, layers, dense, dtype=spec.dtype)
+            rows = _on_cpu_if_full(merged_rows, module, layers, dense, self._buffers, dtype=spec.dtype)
             if rows is None:
                 yield value()
                 return

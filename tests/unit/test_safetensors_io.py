@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pantheraml.checkpoint import safetensors_io
 from pantheraml.checkpoint.safetensors_io import (
     DTYPE_NAMES,
     SafetensorsFolder,
@@ -78,7 +79,7 @@ def test_shards_keep_order_and_limit(sizes, limit):
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):
-    size, count = 1 << 20, 16
+    size, count = safetensors_io._WAITING, 16
     specs = [TensorSpec(f"t{i}", (size,), torch.uint8) for i in range(count)]
     tracemalloc.start()
     try:
@@ -100,14 +101,15 @@ def test_a_tensor_that_is_not_what_was_announced(tmp_path):
         write_sharded(tmp_path, [TensorSpec("a", (2,), torch.float32)], lambda s: torch.ones(3), max_shard_size=100)
 
 
-def test_pieces_make_up_a_tensor_and_may_be_overwritten_after_the_next(tmp_path):
-    tensor = make((10, 7), torch.float32)
-    buffers = torch.empty(2, 4, 7)
+def test_pieces_make_up_a_tensor_and_may_be_overwritten_later(tmp_path, monkeypatch):
+    tensor = make((50, 7), torch.float32)
+    buffers = torch.empty(safetensors_io.AHEAD + 1, 4, 7)
+    monkeypatch.setattr(safetensors_io, "_WRITE", 16)  # a slow disk
 
     def pieces(spec):
-        for turn, start in enumerate(range(0, 10, 4)):
+        for turn, start in enumerate(range(0, 50, 4)):
             rows = tensor[start : start + 4]
-            yield buffers[turn % 2][: len(rows)].copy_(rows)
+            yield buffers[turn % len(buffers)][: len(rows)].copy_(rows)
 
     written = write_sharded(tmp_path, specs_of({"a": tensor}), pieces, max_shard_size=10**9)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor)
