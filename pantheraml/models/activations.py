@@ -269,7 +269,7 @@ class ActivationPlan:
         self._groups: dict[torch.device, _Group] | None = None
         self._measuring: int | None = None
         self._told: str | None = None
-        self._stash = HostStash()
+        self._stash = HostStash(self._without_host)
 
     @property
     def kept(self) -> int:
@@ -308,6 +308,24 @@ class ActivationPlan:
                 group.measured.rounds, group.measured.trying = _ROUNDS, None
         self.levels = [HOST if self._layers_on_gpu() else INPUT for _ in self.levels]
         log.warning("activations: the device ran out of memory; from here on every layer is recomputed")
+
+    def _without_host(self, reason: str) -> None:
+        """After the host had no memory for tensors: use none of it from the next step on.
+
+        Raises:
+            UnsupportedError: it was asked for.
+        """
+        if self.mode == "offload":
+            raise UnsupportedError(
+                "activations cannot wait in host memory",
+                where="use_gradient_checkpointing='offload'",
+                why=f"the host gave no pinned memory: {reason}",
+                hint="raise the memory limits of the container, or pass use_gradient_checkpointing=True",
+            )
+        self._host_bytes = 0
+        for group in (self._groups or {}).values():
+            group.allotted.clear()
+        log.once(f"activations stay on the device: the host gave no pinned memory ({reason})")
 
     def describe(self) -> str:
         """Say in one line what the plan does now."""

@@ -44,6 +44,17 @@ def _pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
     return flat.split(max(_PIECE_BYTES // flat.itemsize, 1))
 
 
+class PinningError(RuntimeError):
+    """The host gave no pinned memory."""
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise PinningError(next(iter(str(error).splitlines()), "")) from error
+
+
 class _Held:
     """Tensors on the host, and later on their way back."""
 
@@ -51,16 +62,14 @@ class _Held:
         self.device = tensors[0].device
         self.stream = _side_stream(self.device)
         self.shapes = [(t.shape, t.dtype) for t in tensors]
-        self.host: list[list[torch.Tensor]] = []
         self.back: list[torch.Tensor] | None = None
         sources = [t.contiguous() for t in tensors]
+        self.host = [[_pinned(piece) for piece in _pieces(source.view(-1))] for source in sources]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for source in sources:
-                self.host.append([])
-                for piece in _pieces(source.view(-1)):
-                    pinned = torch.empty(piece.shape, dtype=piece.dtype, device="cpu", pin_memory=True)
-                    self.host[-1].append(pinned.copy_(piece, non_blocking=True))
+            for source, held in zip(sources, self.host):
+                for piece, pinned in zip(_pieces(source.view(-1)), held):
+                    pinned.copy_(piece, non_blocking=True)
                 source.record_stream(self.stream)
 
     def start(self) -> None:
@@ -86,14 +95,24 @@ class _Held:
 
 
 class HostStash:
-    """The tensors of one model that are on the host, in the order in which they were put there."""
+    """The tensors of one model that are on the host, in the order in which they were put there.
 
-    def __init__(self) -> None:
+    Args:
+        refused: Called with the reason when the host has no memory for tensors, which then stay where they are.
+    """
+
+    def __init__(self, refused: Callable[[str], None]) -> None:
         self._held: list[_Held] = []
+        self._refused = refused
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Move tensors to the host; the result brings them back, and starts to bring those put before them."""
-        held = _Held([t.detach() for t in tensors])
+        stay = [t.detach() for t in tensors]
+        try:
+            held = _Held(stay)
+        except PinningError as error:
+            self._refused(str(error))
+            return lambda: stay
         self._held.append(held)
 
         def fetch() -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tiny
 
 from pantheraml.errors import ConfigError, UnsupportedError
+from pantheraml.models import host_memory
 from pantheraml.models.activations import (
     ActivationPlan,
     Memory,
@@ -271,6 +272,28 @@ def test_the_host_is_used_where_that_keeps_more_and_has_room(host, levels):
 def test_offloading_moves_what_saves_time_and_has_room(host, level):
     plan = ActivationPlan([Layer() for _ in range(4)], "offload", costs=lambda *_: BOTH, host_memory=lambda: host)
     assert plan._moved(plan._layers[0], 10, 10) == level
+
+
+def test_a_host_without_pinned_memory_is_told_and_left_alone(monkeypatch, caplog):
+    def refuse(_tensors):
+        raise host_memory.PinningError("out of memory")
+
+    monkeypatch.setattr(host_memory, "_Held", refuse)
+    layers = [Layer() for _ in range(4)]
+    allocator = Allocator(capacity=1_000, base=100, recompute_peak=540)
+    plan = nodes_plan(allocator, layers, table=BOTH, fraction=0.9, host_memory=lambda: 1_000)
+    ask(plan, layers, tokens=10)
+    allocator.peak = 540
+    assert any(level.host for level in ask(plan, layers, tokens=10))
+    x = torch.ones(3)
+    (back,) = plan._stash.put([x])()
+    assert torch.equal(back, x)
+    assert "out of memory" in caplog.text
+    allocator.reserved = 560
+    assert not any(level.host for level in ask(plan, layers, tokens=10))
+    asked = ActivationPlan(layers, "offload")
+    with pytest.raises(UnsupportedError, match="pinned memory: out of memory"):
+        asked._stash.put([x])
 
 
 def test_after_an_allocation_failed_nothing_more_is_kept():
