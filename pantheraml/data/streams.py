@@ -165,9 +165,17 @@ class Stream:
     def _read(self, rejections: Rejections) -> Iterator[Batch]:
         if not isinstance(self.source, list):
             rows = enumerate(self.source, start=1)
-            while batch := list(itertools.islice(rows, _FETCHED_ROWS)):
-                rejections.total += len(batch)
-                yield [(f"row {number}", dict(cast("Row", row))) for number, row in batch]
+            try:
+                while batch := list(itertools.islice(rows, _FETCHED_ROWS)):
+                    rejections.total += len(batch)
+                    yield [(f"row {number}", dict(cast("Row", row))) for number, row in batch]
+            except (OSError, HfHubHTTPError, DatasetGenerationError) as error:
+                raise DataError(
+                    f"the stream broke off after {rejections.total} rows",
+                    where=self.spec,
+                    why=str(error).strip().partition("\n")[0] or type(error).__name__,
+                    hint="check the network; --resume auto goes on from the last checkpoint",
+                ) from error
             return
         kinds = sources.Kinds()
         for file in self.source:

@@ -161,6 +161,19 @@ def test_hub_data_sets_are_opened_as_streams(monkeypatch):
     rows = list(stream.rows(formats.detect(stream.head())))
     assert rows[0] == ("row 2", {"prompt": "q 1\n", "completion": "a"})
     assert len(rows) == 249
+
+    def broken():
+        yield from ({"question": f"q {n}", "answer": "a"} for n in range(150))
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(streams, "load_dataset", lambda *args, **options: broken())
+    with pytest.raises(DataError, match="broke off after 100 rows") as caught:
+        list(
+            open_stream("owner/name").rows(
+                formats.Format("prompt_completion", {"prompt": "question", "completion": "answer"})
+            )
+        )
+    assert caught.value.why == "gone"
     monkeypatch.undo()
     with pytest.raises(DataError, match="could not be loaded"):
         open_stream("nobody/nothing")
