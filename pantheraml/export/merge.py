@@ -155,6 +155,14 @@ def save_merged(
     return report
 
 
+def merged_size(model: Any) -> tuple[int, int]:
+    """Number and bytes of the weights that ``save_merged`` writes; nothing is computed."""
+    base = unwrapped(model)
+    entries = MergedParameters(base, _dtype_of(base, record_of(model)), DenseWeights()).entries.values()
+    specs = {entry.identity: entry.spec for entry in entries}.values()
+    return sum(spec.nbytes // spec.dtype.itemsize for spec in specs), sum(spec.nbytes for spec in specs)
+
+
 class _Merge:
     """One merged save: what goes into it, decided before anything is written."""
 

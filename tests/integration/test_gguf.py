@@ -414,6 +414,30 @@ def test_full_disk_is_told_before_writing(tmp_path, tokenizer, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_room_for_the_files_is_asked_for_before_the_merge(tmp_path, tokenizer, monkeypatch):
+    model = tiny("llama")
+    merged = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(convert, "save_merged", None)
+    types = ["f32", "q8_0", "f16"]
+    free = int(merged * (1 + 1 + 34 / 128 + 0.5)) - 1000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, free))
+    with pytest.raises(CheckpointError, match="the merged model and the GGUF files"):
+        facade.save_pretrained_gguf(model, tmp_path / "m", tokenizer, types)
+    assert not list(tmp_path.iterdir())
+    free += 2000
+    with pytest.raises(TypeError, match="not callable"):  # the merge
+        facade.save_pretrained_gguf(model, tmp_path / "m", tokenizer, types)
+
+
+def test_a_model_in_shards_is_refused_on_every_rank(tmp_path, tokenizer, monkeypatch):
+    from pantheraml.export.gguf import api
+
+    monkeypatch.setattr(api, "is_sharded", lambda model: True)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UnsupportedError, match=r"save_to_gguf\(folder\)"):
+        facade.save_pretrained_gguf(tiny("llama"), tmp_path / "m", tokenizer)
+
+
 def test_k_quants_without_the_tool_give_q8_0_and_the_command(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     result = facade.save_pretrained_gguf(tiny("llama"), tmp_path / "a b", tokenizer, ["quantized", "f16"])

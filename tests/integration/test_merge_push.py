@@ -110,6 +110,17 @@ def test_saving_with_push_keeps_the_local_folder(tmp_path, hub, monkeypatch):
     assert (hub.kept / "model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torchao, about itself
+def test_quantised_folders_are_pushed_too(tmp_path, hub, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization")
+    monkeypatch.chdir(tmp_path)
+    config = quantization.Int8WeightOnlyConfig(version=2)
+    facade.save_pretrained_torchao(make_tiny("llama"), "mine", torchao_config=config, push_to_hub=True, token="hf_x")
+    assert "torchao" in (hub.kept / "config.json").read_text()
+    assert {"model.safetensors", "README.md"} <= {path.name for path in hub.kept.iterdir()}
+    assert {call[1] for call in hub.calls if call[0] == "token"} == {"hf_x"}
+
+
 def test_unknown_keyword_names_the_nearest():
     with pytest.raises(TypeError, match="did you mean 'variant'"):
         facade.push_to_hub_merged(object(), "a/b", varriant=None)

@@ -14,6 +14,7 @@ from ... import env, log
 from ...device import require
 from ...errors import ConfigError, UnsupportedError
 from ...models.record import record_of
+from ...parallel.fsdp import is_sharded
 from ..hub import HubTarget, create_repo, upload, write_card
 from .types import ADAPTER_TYPES, ALIASES, FILE_TYPES, FileType, resolve_types
 
@@ -448,6 +449,12 @@ def _request(
             "a GGUF file holds its tokenizer, and none was given",
             where="argument tokenizer",
             hint="pass the tokenizer that the model was trained with",
+        )
+    if is_sharded(model):
+        raise UnsupportedError(
+            "GGUF files are not written from a model that is sharded over ranks",
+            where="argument model",
+            hint="call save_pretrained_merged(folder, tokenizer) on every rank, then save_to_gguf(folder) on one",
         )
     require("gguf", what="writing GGUF files")
     from .convert import request

@@ -18,7 +18,7 @@ from ...checkpoint.disk import disk_errors, human, require_free
 from ...checkpoint.safetensors_io import SafetensorsFolder
 from ...errors import CheckpointError, ConfigError, UnsupportedError
 from .. import ollama
-from ..merge import save_merged
+from ..merge import merged_size, save_merged
 from . import converter as outside_converter
 from . import quantize
 from .check import Checker, FileCheck
@@ -26,7 +26,7 @@ from .families import Family, family_of, rope
 from .tensors import PlannedTensor, plan
 from .tokenizer import GGUFTokenizer, read_tokenizer, text_tokenizer
 from .types import FILE_TYPES, FileType, resolve_types
-from .writer import model_metadata, planned_bytes, write_file
+from .writer import bytes_at_least, model_metadata, planned_bytes, write_file
 
 _ROOM = 16 * 10**6  # bytes for metadata
 _MERGED = "merged.tmp"
@@ -154,6 +154,12 @@ def check_types(family: Family, wanted: Request) -> None:
         )
 
 
+def _written(wanted: Request) -> list[FileType]:
+    """The types by which space is counted: what ``llama-quantize`` makes is at most as large as what it starts from."""
+    outside = [entry for entry in wanted.types if entry.external is not None]
+    return [entry for entry in wanted.types if entry not in outside] + [wanted.first] * (len(outside) + bool(outside))
+
+
 def export_gguf(
     model: Any,
     directory: Path,
@@ -182,6 +188,9 @@ def export_gguf(
     inner = text_tokenizer(tokenizer)
     if _family(model.config, wanted) is not None:  # before the work
         read_tokenizer(inner, model.get_input_embeddings().weight.shape[0])
+    weights, needed = merged_size(model)
+    needed += sum(bytes_at_least(weights, entry) for entry in _written(wanted))
+    require_free(directory, needed, what="the merged model and the GGUF files that are made of it")
     with atomic_directory(directory, overwrite=True, keep=lambda entry: True) as temporary:
         merged = keep_merged or temporary / _MERGED
         save_merged(model, merged, tokenizer, verify=wanted.verify, announce=False)
@@ -237,9 +246,7 @@ def _write(folder: Path, target: Path, tokenizer: Any, wanted: Request, *, name:
     if family is None:
         return _write_by_converter(folder, target, tokenizer, wanted, name=name, final=final)
     source = _open(folder, config, family, tokenizer)
-    bases = [wanted.first] if any(entry.external is not None for entry in wanted.types) else []
-    written_as = [wanted.first if entry.external is not None else entry for entry in wanted.types]
-    needed = sum(planned_bytes(source.tensors, entry) for entry in (*bases, *written_as))
+    needed = sum(planned_bytes(source.tensors, entry) for entry in _written(wanted))
     needed += _ROOM if needed > _ROOM else needed
     checker = Checker(folder, source.config, source.family, source.tensors, tokenizer, source.tokenizer)
     require_free(target, needed, what="the GGUF files")

@@ -75,6 +75,12 @@ def planned_bytes(tensors: list[PlannedTensor], wanted: FileType) -> int:
     return sum(size_of(tensor, tensor_type(tensor, wanted)[0]) for tensor in tensors)
 
 
+def bytes_at_least(weights: int, wanted: FileType) -> int:
+    """Bytes of a file with so many weights, of which some may get a larger type."""
+    block, width = gguf.GGML_QUANT_SIZES[TENSOR_TYPES[wanted.name]]
+    return weights // block * width
+
+
 def write_file(
     path: Path,
     tensors: list[PlannedTensor],
