@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .. import log
@@ -114,7 +115,8 @@ def banner(args: Any, state: Any, model: nn.Module | None, dataloader: Any) -> s
     dataset: Any = getattr(getattr(dataloader, "dataloader", dataloader), "dataset", None)
     # A stream is begun again until the steps are made: its epochs are not known beforehand.
     examples = "a stream of examples"
-    if hasattr(dataset, "__len__"):
+    # Accelerate's share of a stream has a length that raises.
+    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         examples = f"{len(dataset):,} examples, {state.num_train_epochs:,} epochs"
     batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     if get_device().type == "xla":
