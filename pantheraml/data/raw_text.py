@@ -240,14 +240,23 @@ class RawTextDataLoader:
             raise ArgumentError("load_from_files takes a list of paths", hint="use load_from_file for one file")
         if not file_paths:
             raise ConfigError("there is no file to load", where="argument file_paths")
-        chunks: list[Chunk | str] = []
-        for path in file_paths:
-            found = len(chunks)
-            for text in _documents(path):
-                chunks.extend(self.chunk_text(text, return_tokenized))
-            if len(chunks) == found:
-                raise _no_text(str(path))
-        return self.create_causal_dataset(chunks)
+
+        def tables() -> Iterator[pa.Table]:
+            for path in file_paths:
+                waiting: list[Chunk | str] = []
+                some = False
+                for text in _documents(path):
+                    waiting += self.chunk_text(text, return_tokenized)
+                    some = some or bool(waiting)
+                    if len(waiting) >= _BATCH:
+                        yield self.create_causal_dataset(waiting).data.table
+                        waiting = []
+                if not some:
+                    raise _no_text(str(path))
+                if waiting:
+                    yield self.create_causal_dataset(waiting).data.table
+
+        return stored(tables(), "Cutting running text")
 
     def chunk_text(self, text: str, return_tokenized: bool | None = None) -> list[Chunk] | list[str]:
         """Cut a text with the loader's chunk size and stride; see ``smart_chunk_text``."""

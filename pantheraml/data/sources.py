@@ -379,11 +379,24 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def _parquet_tables(file: Path, rejections: Rejections, origins: Origins) -> Iterator[pa.Table]:
+    for batch in parquet_batches(file):
+        rejections.total += batch.num_rows
+        yield pa.Table.from_batches([batch])
+    origins.extend(pq.read_metadata(file).num_rows)
+
+
+def parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a parquet file, a thousand at a time.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
     with pq.ParquetFile(file, memory_map=True) as reader:
-        origins.extend(reader.metadata.num_rows)
-        rejections.total += reader.metadata.num_rows
-        for batch in reader.iter_batches(_BATCH):
-            yield pa.Table.from_batches([batch])
+        names = Counter(reader.schema_arrow.names)
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise DataError(f"the column {twice!r} stands twice", where=str(file), hint="rename one of them")
+        yield from reader.iter_batches(_BATCH)
 
 
 def _walk(value: Any, path: str, found: list[tuple[str, str]]) -> None:

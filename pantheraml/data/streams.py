@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HfHubHTTPError
@@ -191,11 +190,10 @@ class Stream:
 
 def _of_parquet(file: Path, rejections: Rejections) -> Iterator[Batch]:
     number = 0
-    with pq.ParquetFile(file, memory_map=True) as reader:
-        for batch in reader.iter_batches(HEAD_ROWS):
-            rejections.total += batch.num_rows
-            yield [(f"{file}:{number + index}", row) for index, row in enumerate(batch.to_pylist(), start=1)]
-            number += batch.num_rows
+    for batch in sources.parquet_batches(file):
+        rejections.total += batch.num_rows
+        yield [(f"{file}:{number + index}", row) for index, row in enumerate(batch.to_pylist(), start=1)]
+        number += batch.num_rows
 
 
 def open_stream(

@@ -6,6 +6,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pantheraml.data import stored
 from pantheraml.data.raw_text import chunk_documents, text_chunks, token_chunks
 from pantheraml.dataprep import RawTextDataLoader
 from pantheraml.errors import ArgumentError, ConfigError, DataError, UnsupportedError
@@ -144,6 +146,20 @@ def test_several_files_keep_their_order_and_do_not_mix(tiny_tokenizer, tmp_path)
     assert loader.load_from_files(paths)["text"][:] == expected
     ids = loader.load_from_files(paths, return_tokenized=True)["input_ids"][:]
     assert [tiny_tokenizer.decode(row) for row in ids] == ["<s>" + text for text in expected]
+
+
+def test_chunks_of_many_documents_lie_in_a_file(tiny_tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"fox {number} " * 9}) + "\n" for number in range(2500)))
+    loader = RawTextDataLoader(tiny_tokenizer, 16, 4)
+    in_memory = loader.load_from_file(path)
+    monkeypatch.setattr(stored, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    in_file = loader.load_from_file(path)
+    assert in_file.cache_files
+    assert not in_memory.cache_files
+    assert in_file[:] == in_memory[:]
+    assert in_file.features == in_memory.features
 
 
 def test_a_huge_line(tiny_tokenizer, tmp_path):

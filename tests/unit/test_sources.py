@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from pantheraml.data import json_rows, stored
 from pantheraml.data.json_rows import read_json
 from pantheraml.data.rows import Rejections
 from pantheraml.data.sources import load, load_text
+from pantheraml.data.streams import open_stream
 from pantheraml.errors import ConfigError, DataError
 
 GOOD = b'{"text": "ok"}'
@@ -193,6 +196,14 @@ def test_parquet_and_saved_folder(tmp_path):
         assert load(tmp_path / source).dataset["text"][:] == ["a", "b", "c"]
     with pytest.raises(DataError, match="cannot be read"):
         load(write(tmp_path / "junk.parquet", "junk"))
+
+
+@pytest.mark.parametrize("read", [lambda path: load(path), lambda path: open_stream(path).head()])
+def test_a_column_that_stands_twice_in_a_parquet_file(tmp_path, read):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="the column 'text' stands twice"):
+        read(tmp_path / "rows.parquet")
 
 
 def test_folder_splits_and_slices(tmp_path):
