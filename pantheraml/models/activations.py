@@ -55,6 +55,8 @@ _SLACK = 0.06
 # Share of the memory that the step spends which shows what spending costs, and how often what is left is spent then.
 _TRIAL = 0.5
 _ROUNDS = 4
+# Sizes of batches whose levels are remembered, before they are forgotten together.
+_REMEMBERED = 4096
 # While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
 _WORKING_LAYERS = 2.5
 # Layers whose tensors are on the device although they wait on the host: on their way there, in use, coming back.
@@ -330,8 +332,13 @@ class ActivationPlan:
     def describe(self) -> str:
         """Say in one line what the plan does now."""
         layers = len(self.levels)
-        if self.mode != "auto" and len(set(self.levels)) <= 1:
-            return f"activations of all {layers} layers are {_DESCRIPTIONS[(*self.levels, _FIXED[self.mode])[0]]}"
+        counts = Counter(self.levels)
+        parts = [f"{counts[level]} {text}" for level, text in _DESCRIPTIONS.items() if counts[level]]
+        if self.mode != "auto":
+            level = next(iter(counts), _FIXED[self.mode])
+            if len(counts) > 1:
+                return f"activations of {layers} layers: {', '.join(parts)}"
+            return f"activations of all {layers} layers are {_DESCRIPTIONS[level]}"
         if self._groups is None:
             return f"activations: measuring, all {layers} layers are recomputed until then"
         measured = [g.measured for g in self._groups.values() if g.measured is not None]
@@ -339,8 +346,6 @@ class ActivationPlan:
             return f"activations of all {layers} layers are kept (this device does not report its memory)"
         if any(m.unfinished for m in measured):
             return f"activations: measuring, more of the {layers} layers are recomputed until then"
-        counts = Counter(self.levels)
-        parts = [f"{counts[level]} {text}" for level, text in _DESCRIPTIONS.items() if counts[level]]
         tokens = max(m.tokens for m in measured)
         return f"activations of {layers} layers at {tokens:,} tokens: {', '.join(parts)}"
 
@@ -351,13 +356,20 @@ class ActivationPlan:
         if index == 0 and self.mode == "auto":
             self._begin(hidden)
         if index == 0 and self.mode == "offload" and hidden.is_cuda:
-            size = hidden.numel() // hidden.shape[-1], hidden.shape[-2]
-            if size not in self._offloaded:
-                self._offloaded[size] = [self._moved(layer, *size) for layer in self._layers]
-                # Its backward comes first, before anything could have been fetched.
-                self._offloaded[size][-1] = self._offloaded[size][-1]._replace(host=False)
-            self.levels[:] = self._offloaded[size]
+            self.levels[:] = self._offload(hidden.numel() // hidden.shape[-1], hidden.shape[-2])
         return self.levels[index]
+
+    def _offload(self, tokens: int, length: int) -> list[Level]:
+        """The levels of all layers when they wait on the host."""
+        size = tokens, length
+        if size not in self._offloaded:
+            levels = [self._moved(layer, *size) for layer in self._layers]
+            # Its backward comes first, before anything could have been fetched.
+            levels[-1] = levels[-1]._replace(host=False)
+            if len(self._offloaded) >= _REMEMBERED:
+                self._offloaded.clear()
+            self._offloaded[size] = levels
+        return self._offloaded[size]
 
     def _moved(self, layer: nn.Module, tokens: int, length: int) -> Level:
         """What of a layer waits on the host when all do: attention's result too where that saves time."""
@@ -414,6 +426,8 @@ class ActivationPlan:
             group.allotted.clear()
         size = tokens, length
         if size not in group.allotted:
+            if len(group.allotted) >= _REMEMBERED:
+                group.allotted.clear()
             group.allotted[size] = self._allot(group, measured, tokens, length)
         for index, level in zip(group.indices, group.allotted[size]):
             self.levels[index] = level

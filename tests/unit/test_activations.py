@@ -268,10 +268,23 @@ def test_the_host_is_used_where_that_keeps_more_and_has_room(host, levels):
     assert ask(plan, layers, tokens=10) == levels
 
 
-@pytest.mark.parametrize(("host", "level"), [(80, HOST_ATTENTION), (79, HOST)])
-def test_offloading_moves_what_saves_time_and_has_room(host, level):
+@pytest.mark.parametrize(
+    ("host", "level", "told"),
+    [
+        (80, HOST_ATTENTION, "3 recomputed around inputs and attention's results held in host memory, 1 recomputed"),
+        (79, HOST, "1 recomputed, 3 recomputed from inputs held in host memory"),
+    ],
+)
+def test_offloading_moves_what_saves_time_and_has_room(host, level, told):
     plan = ActivationPlan([Layer() for _ in range(4)], "offload", costs=lambda *_: BOTH, host_memory=lambda: host)
-    assert plan._moved(plan._layers[0], 10, 10) == level
+    assert plan.describe() == "activations of all 4 layers are recomputed from inputs held in host memory"
+    # Nothing could fetch what the last layer needs before it is needed.
+    expected = [level, level, level, level._replace(host=False)]
+    assert plan._offload(10, 10) == expected
+    plan.levels[:] = expected
+    assert plan.describe().startswith("activations of 4 layers: ")
+    for part in told.split(", "):
+        assert part in plan.describe()
 
 
 def test_a_host_without_pinned_memory_is_told_and_left_alone(monkeypatch, caplog):
