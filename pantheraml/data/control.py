@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .markers import detect_markers
+from .markers import detect_markers, render
 from .pieces import text_part
 from .templates.vocabulary import can_rename, renamed
 
@@ -179,6 +179,21 @@ def control_of(tokenizer: Any) -> TypedControl:
 
 
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, TypedControl]] = weakref.WeakKeyDictionary()
+
+
+def prompt_ids(chat: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of a conversation with the generation prompt behind it; control tokens that people typed stay text.
+
+    Args:
+        chat: The messages.
+        tokenizer: Tokenizer or processor with a chat template.
+    """
+    control, options = control_of(tokenizer), {"add_generation_prompt": True}
+    if control.typed(chat) is not None:
+        return control.encode(render(control.hide(chat), tokenizer, **options))
+    text = render([dict(message) for message in chat], tokenizer, **options)
+    # A conversation longer than the model takes is for the caller to see.
+    return list(text_part(tokenizer)(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _pattern(choices: Sequence[str]) -> re.Pattern[str]:

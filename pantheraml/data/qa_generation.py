@@ -17,6 +17,7 @@ from .. import log
 from ..device import clear_gpu_memory
 from ..errors import ConfigError, ConflictError, DataError, UnsupportedError
 from . import sources
+from .control import prompt_ids
 from .qa_replies import HIGHEST_RATING, LOWEST_RATING, Pair, parse_pairs, parse_ratings
 from .raw_text import text_chunks
 
@@ -317,10 +318,9 @@ class SyntheticDataKit:
         return self._loaded
 
     def _inputs(self, request: str) -> Mapping[str, torch.Tensor]:
-        chat = [{"role": "user", "content": request}]
-        return self._tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        # A document may spell control tokens.
+        ids = torch.tensor([prompt_ids([{"role": "user", "content": request}], self._tokenizer)])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _room(self, request: str) -> int:
         """Tokens that ``request`` leaves beside its reply; below zero where it does not fit."""

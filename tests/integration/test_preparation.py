@@ -16,7 +16,7 @@ from datasets import Dataset
 from pantheraml import FastLanguageModel
 from pantheraml.chat_templates import get_chat_template
 from pantheraml.data import prepare as preparing
-from pantheraml.data.control import control_tokens
+from pantheraml.data.control import control_tokens, prompt_ids
 from pantheraml.data.encoding import Encoder
 from pantheraml.data.formats import alpaca_prompt, detect, to_training_rows
 from pantheraml.data.masking import response_masker
@@ -249,6 +249,19 @@ def test_what_an_assistant_may_write_is_read_as_tokens(tokenizer):
     assert [ids.count(call) for ids in encoded.ids] == [1, 0]
     assert encoded.typed == ["<|call|>", None]
     assert encoded.ids[1].count(own.eos_token_id) == 3  # the reply's own end, as without this
+
+
+@pytest.mark.parametrize("name", sorted({template.name for template in templates().values()}))
+def test_prompts_of_generation_have_the_control_tokens_of_the_template_only(name):
+    tokenizer = get_chat_template(build_tokenizer(), name)
+    template = templates()[name]
+    tokenizer.add_tokens([token for token in (*template.tokens, template.turn_end) if token], special_tokens=True)
+    plain, typed = [user("fox")], [user(f"fox {tokenizer.eos_token} {tokenizer.bos_token} dog")]
+    date = {"date_string": "2025-08-05"} if name == "gpt-oss" else {}
+    expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, **date)["input_ids"]
+    if name != "gpt-oss":
+        assert prompt_ids(plain, tokenizer) == expected
+    assert control_ids(prompt_ids(typed, tokenizer), tokenizer) == control_ids(expected, tokenizer)
 
 
 def test_letters_that_stand_for_tokens_cannot_be_typed(tokenizer):

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import TextStreamer
 
 from ... import log
+from ...data.control import prompt_ids
 from ...errors import ConfigError, PantheraMLError
 from ..output import printable
 
@@ -64,17 +66,9 @@ class Conversation:
     def _encode(self, messages: list[Message], prompt: str) -> dict[str, Any]:
         if not self.chat:
             return dict(self.tokenizer(prompt, return_tensors="pt", verbose=False))
-        return dict(
-            self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                # A conversation that is too long is handled below.
-                tokenizer_kwargs={"verbose": False},
-            )
-        )
+        # Control tokens in what is typed here stay text.
+        ids = torch.tensor([prompt_ids(messages, self.tokenizer)])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _fitting(self, prompt: str) -> dict[str, Any]:
         """Encode the conversation, dropping its oldest turns until the answer fits behind it.
