@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..errors import ConfigError, DataError, UnsupportedError
 from . import formats, readers, sources
 from .chats import BadRowError
+from .fitting import Kinds, batches, fitting
 from .formats import Format
 from .rows import Rejected, Rejections, Row
 
@@ -176,16 +177,16 @@ class Stream:
                     hint="check the network; --resume auto goes on from the last checkpoint",
                 ) from error
             return
-        kinds = sources.Kinds()
+        kinds = Kinds()
         for file in self.source:
             with sources.reading(file):
                 if file.suffix.lower() == ".parquet":
                     yield from _of_parquet(file, rejections)
                 else:
                     numbered = readers.READERS[file.suffix.lower()](file, rejections)
-                    for batch in sources.batches(numbered):
-                        fitting = sources.fitting(file, batch, kinds, rejections)
-                        yield [(f"{file}:{line}", row) for line, row in fitting]
+                    for batch in batches(numbered):
+                        kept = fitting(file, batch, kinds, rejections)
+                        yield [(f"{file}:{line}", row) for line, row in kept]
 
 
 def _of_parquet(file: Path, rejections: Rejections) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from pantheraml.data import sources
+from pantheraml.data import fitting
 from pantheraml.data import stored as storing
 from pantheraml.data.rows import Rejections
 from pantheraml.data.stored import stored
@@ -92,9 +92,9 @@ def test_a_bar_shows_how_far_it_is(cache, capsys, description):
 
 
 def test_long_rows_come_in_small_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BATCH_LETTERS", 100)
+    monkeypatch.setattr(fitting, "_BATCH_LETTERS", 100)
     numbered = ((number, {"text": "x" * 40, "more": [{"a": "y" * 10}]}) for number in range(7))
-    assert [[number for number, _ in batch] for batch in sources._batches(numbered)] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert [[number for number, _ in batch] for batch in fitting.batches(numbered)] == [[0, 1], [2, 3], [4, 5], [6]]
 
 
 def test_bad_rows_beyond_memory_go_to_a_file():
