@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from .. import __version__, env, log
-from ..data import formats, raw_text, sources
-from ..data.encoding import Encoder
-from ..data.formats import Kind
-from ..data.masking import response_masker
-from ..data.mixture import mix
-from ..data.prepare import Cut, prepare_stream
-from ..data.responses import Labeller, has_label, train_on_responses_only
-from ..data.rows import Rejections
-from ..data.sources import Loaded
-from ..data.streams import Stream, open_stream
+from ..data.responses import train_on_responses_only
 from ..device import require
-from ..errors import ConfigError, ConflictError, DataError, MissingDependencyError, UnsupportedError, nearest
+from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
 from ..export.gguf.types import resolve_types
 from .output import Output, program
 from .tokenizer import tokenizer_of
+from .training_data import (
+    check_trained,
+    eval_rows,
+    finished,
+    mixed_rows,
+    tell_rejected,
+    training_rows,
+    wants_replies,
+    weights,
+)
 
-_COLUMN_PARTS = ("text", "prompt", "completion", "messages", "instruction", "input", "output")
 _LORA_ARGUMENTS = ("r", "lora_alpha", "lora_dropout", "bias", "random_state", "use_rslora", "use_dora")
 _CONFIG_ARGUMENTS = (
     *("output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -39,17 +37,6 @@ _CONFIG_ARGUMENTS = (
 _CHECKPOINTING = {"true": True, "false": False}
 _SECRETS = ("hub_token",)
 _RUN_FILE = "pantheraml-run.json"
-_REJECTED_FILE = "rejected.jsonl"
-
-
-@dataclass
-class Rows:
-    """Checked rows that still need the tokenizer."""
-
-    dataset: Dataset | IterableDataset
-    kind: Kind
-    documents: bool
-    description: str
 
 
 def quiet_unless_terminal() -> None:
@@ -72,19 +59,19 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     reporters = _reporters(args)
     checkpoint = _checkpoint(args)
     max_seq_length = _max_seq_length(args)
-    weights = _weights(args)
-    parts, streams = _training_rows(args, output)
-    held_out = _eval_rows(args, output)
+    shares = weights(args)
+    parts, streams = training_rows(args, output)
+    held_out = eval_rows(args, output)
     # What is wrong with the data shows before weights are loaded.
     tokenizer, _ = tokenizer_of(args.model_name, args, max_seq_length)
-    train_set = _mixed([_finished(rows, tokenizer, args, max_seq_length, output) for rows in parts], weights, args)
-    eval_set = _finished(held_out, tokenizer, args, max_seq_length, output) if held_out else None
-    _check_trained(train_set, tokenizer, args, max_seq_length)
+    train_set = mixed_rows([finished(rows, tokenizer, args, max_seq_length, output) for rows in parts], shares, args)
+    eval_set = finished(held_out, tokenizer, args, max_seq_length, output) if held_out else None
+    check_trained(train_set, tokenizer, args, max_seq_length)
     model, tokenizer = _load(args, max_seq_length)
     trainer = _trainer(args, model, tokenizer, train_set, eval_set, reporters, max_seq_length)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if streams:
-        _tell_rejected(args, streams, output)
+        tell_rejected(args, streams, output)
     metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
     if eval_set is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if isinstance(v, int | float)}
@@ -189,104 +176,6 @@ def _max_seq_length(args: argparse.Namespace) -> int:
     return min(args.max_seq_length, maximum)
 
 
-def _read(args: argparse.Namespace, spec: str, split: str, output: Output) -> tuple[Loaded | Stream, Rows]:
-    open_source = open_stream if args.streaming else sources.load
-    source = open_source(
-        spec,
-        split=split,
-        config=args.dataset_config,
-        max_bad_fraction=args.max_bad_fraction,
-        token=args.hub_token,
-    )
-    overrides = {part: getattr(args, f"{part}_column") for part in _COLUMN_PARTS}
-    overrides["format"] = None if args.format == "auto" else args.format
-    known = source.head() if isinstance(source, Stream) else source.dataset
-    format = formats.detect(known, overrides=overrides, where=spec)
-    if isinstance(source, Stream):
-        checked: Dataset | IterableDataset = source.checked(format)
-    else:
-        checked = formats.check(known, format, rejections=source.rejections, origin=source.origin, where=spec)
-    output.say(f"Data: {source.description}")
-    output.say(f"Columns: {', '.join(known.column_names)}")
-    output.say(f"Format: {format}")
-    documents = isinstance(source, Loaded) and source.documents
-    return source, Rows(checked, format.kind, documents, source.description)
-
-
-def _weights(args: argparse.Namespace) -> list[float]:
-    """The shares of --dataset and of each --mix."""
-    weights = [1.0]
-    for name, text in args.mix or []:
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(
-                f"the weight of --mix {name} is {text!r}", hint="write a number above 0 behind the data set"
-            )
-        weights.append(weight)
-    return weights
-
-
-def _training_rows(args: argparse.Namespace, output: Output) -> tuple[list[Rows], list[Stream]]:
-    """The rows of each data set that is trained on; bad ones that are tolerated go to ``rejected.jsonl``."""
-    if args.raw_text_file:
-        return [_raw_text(args, output)], []
-    read, parts = zip(*(_read(args, name, args.train_split, output) for name in _names(args)), strict=True)
-    kinds = dict.fromkeys(rows.kind for rows in parts)
-    path = Path(args.output_dir) / _REJECTED_FILE
-    streams = [source for source in read if isinstance(source, Stream)]
-    rejected = Rejections(args.max_bad_fraction)
-    for source in read:
-        if isinstance(source, Loaded):
-            rejected.extend(source.rejections)
-    if env.rank() == 0:
-        if streams:
-            path.unlink(missing_ok=True)
-        for stream in streams:
-            stream.write_rejected(path)
-        if len(rejected):
-            rejected.write(path)
-            output.say(f"Dropped {len(rejected)} of {rejected.total} rows, see {path}")
-    count = None if streams else sum(len(rows.dataset) for rows in parts if isinstance(rows.dataset, Dataset))
-    output.note(rows=count, rejected=len(rejected), format=", ".join(kinds))
-    return list(parts), streams
-
-
-def _tell_rejected(args: argparse.Namespace, streams: list[Stream], output: Output) -> None:
-    count = sum(stream.rejected for stream in streams)
-    output.note(rejected=count)
-    if count:
-        output.say(f"Dropped {count} rows, see {Path(args.output_dir) / _REJECTED_FILE}")
-
-
-def _mixed(parts: list[Any], weights: list[float], args: argparse.Namespace) -> Dataset | IterableDataset:
-    if len(parts) == 1:
-        return parts[0]
-    mixed = mix(parts, weights, seed=args.seed, stop=args.mix_stop)
-    shares = ", ".join(f"{weight / sum(weights):.0%} of {name}" for weight, name in zip(weights, _names(args)))
-    log.info(f"{'' if args.streaming else f'{len(mixed):,} '}rows are drawn: {shares}")
-    return mixed
-
-
-def _names(args: argparse.Namespace) -> list[str]:
-    return [args.dataset, *(name for name, _ in args.mix or [])]
-
-
-def _raw_text(args: argparse.Namespace, output: Output) -> Rows:
-    loaded = sources.load_text(args.raw_text_file)
-    output.say(f"Data: {loaded.description}")
-    output.note(rows=len(loaded.dataset), rejected=0, format="text")
-    return Rows(loaded.dataset, "text", True, loaded.description)
-
-
-def _eval_rows(args: argparse.Namespace, output: Output) -> Rows | None:
-    if not args.eval_dataset and not args.eval_split:
-        return None
-    return _read(args, args.eval_dataset or args.dataset, args.eval_split or "test", output)[1]
-
-
 def _load(args: argparse.Namespace, max_seq_length: int) -> tuple[Any, Any]:
     from peft import PeftModel
 
@@ -343,55 +232,6 @@ def _loftq(text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def _finished(
-    rows: Rows, tokenizer: Any, args: argparse.Namespace, max_seq_length: int, output: Output
-) -> Dataset | IterableDataset:
-    if isinstance(rows.dataset, IterableDataset):
-        stream = formats.render_stream(rows.dataset, rows.kind, tokenizer)
-        return stream.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer) if args.shuffle_buffer else stream
-    if not rows.documents:
-        return formats.render(rows.dataset, rows.kind, tokenizer)
-    size, stride = args.chunk_size, args.stride
-    if size > max_seq_length:
-        if "chunk_size" in args.explicit:
-            raise ConfigError(
-                f"--chunk_size {size} is more than the longest sequence, {max_seq_length}",
-                hint=f"give --chunk_size {max_seq_length}, or a larger --max_seq_length",
-            )
-        size = max_seq_length
-        stride = stride if "stride" in args.explicit else min(stride, size // 4)
-    chunks = raw_text.chunk_documents(rows.dataset["text"], tokenizer, chunk_size=size, stride=stride)
-    output.say(f"Running text: {len(chunks)} chunks of up to {size} tokens, {stride} shared by neighbours")
-    return chunks
-
-
-def _wants_replies(args: argparse.Namespace, dataset: Dataset | IterableDataset) -> bool:
-    """Whether replies are still to be found; of a prompt with completion only the completion is trained anyway."""
-    first: Any = next(iter(dataset), {})
-    return args.responses_only and not isinstance(first.get("prompt"), str)
-
-
-def _check_trained(
-    dataset: Dataset | IterableDataset, tokenizer: Any, args: argparse.Namespace, max_seq_length: int
-) -> None:
-    """Raise where no row has a token to train."""
-    if "input_ids" in next(iter(dataset), {}):
-        return
-    rows = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
-    encoder = Encoder(tokenizer, parse_control=args.parse_control_tokens or None)
-    label = Labeller(response_masker(tokenizer), tokenizer) if _wants_replies(args, dataset) else None
-    for row in prepare_stream(rows, encoder, Cut(max_seq_length)):
-        if label is None or has_label(label(row)):
-            return
-    raise DataError(
-        "no row has a token to train on",
-        where=", ".join(_names(args)),
-        why=f"what is trained of each row is cut off after {max_seq_length} tokens"
-        + (", or no row has a reply as the chat template marks them" if label is not None else ""),
-        hint="raise --max_seq_length; `pantheraml data preview` shows what is trained",
-    )
-
-
 def _trainer(
     args: argparse.Namespace,
     model: Any,
@@ -423,7 +263,7 @@ def _trainer(
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
-    return train_on_responses_only(trainer) if _wants_replies(args, train_set) else trainer
+    return train_on_responses_only(trainer) if wants_replies(args, train_set) else trainer
 
 
 def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) -> dict[str, str]:
