@@ -21,6 +21,8 @@ from torch import nn
 DECLARED_RMS_NORM = "RMSNorm"
 # What families call the projections of their attention; the fourth, back to the hidden size, has many names.
 QKV = ("q_proj", "k_proj", "v_proj")
+# One projection that makes all three, queries first.
+PACKED_QKV = "qkv_proj"
 # An epsilon is a float attribute with this in its name, and smaller than this.
 EPSILON_MARK = "eps"
 LARGEST_EPSILON = 0.1
@@ -125,12 +127,19 @@ def takes_one_tensor(module: nn.Module) -> bool:
     return bool(positional) and all(p.default is not p.empty for p in positional[1:])
 
 
+def qkv_children(module: nn.Module) -> tuple[str, ...] | None:
+    """Names of the children that make queries, keys and values, where all linear children but one do."""
+    linears = linear_children(module)
+    for names in (QKV, (PACKED_QKV,)):
+        if all(name in linears for name in names) and len(linears) == len(names) + 1:
+            return names
+    return None
+
+
 def looks_like_attention(module: nn.Module) -> bool:
     """Projections of queries, keys and values under their usual names, one more linear layer, and a configuration."""
-    linears = linear_children(module)
     return (
-        all(name in linears for name in QKV)
-        and len(linears) == len(QKV) + 1
+        qkv_children(module) is not None
         and isinstance(getattr(module, "head_dim", None), int)
         and hasattr(module, "config")
         and hasattr(module, "layer_idx")

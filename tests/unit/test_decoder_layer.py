@@ -19,7 +19,8 @@ from pantheraml.models.layers.block import Keep, Level
 from pantheraml.models.layers.decoder import DecoderPlan, costs_of
 from pantheraml.models.layers.slots import plan_of, swap_of
 
-# Llama; sandwich norms, windows, soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias.
+# Llama; sandwich norms, windows, soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias;
+# queries, keys and values packed too.
 WHOLE = {
     "llama": {},
     "gemma2": FAMILIES["gemma2"],
@@ -29,6 +30,7 @@ WHOLE = {
     "granite": {"residual_multiplier": 0.6},
     "glm": FAMILIES["glm"],
     "qwen2": {},
+    "phi3": FAMILIES.get("phi3", {}),
 }
 LEVELS = [None, *(Level(keep, host) for keep in reversed(Keep) for host in (False, True))]
 
@@ -83,7 +85,7 @@ def test_every_level_has_the_gradients_of_stock(family, trained, calls, monkeypa
         assert len(calls) == layers, level
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "glm"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "glm", "phi3"])
 def test_the_kernels_launchers_are_called_rightly(family, monkeypatch):
     from pantheraml.kernels import _triton
 
@@ -324,7 +326,7 @@ def test_half_precision_on_a_gpu(family, calls):
             ours, _ = adapted(half, level)
             calls.clear()
             result = run(ours)
-            assert len(calls) == (0 if family == "phi3" else model.config.num_hidden_layers)
+            assert len(calls) == model.config.num_hidden_layers
             assert abs(result[0] - truth[0]) <= 2 * abs(stock[0] - truth[0]) + 2e-3 * truth[0]
             for name, grad in truth[1].items():
                 error, allowed = ((g[1][name] - grad).norm() / grad.norm() for g in (result, stock))
@@ -337,3 +339,16 @@ def test_reports_name_what_is_left():
     report = adapt(model)
     assert not [entry for entry in report.swapped if entry.role == "layer"]
     assert swap_of(model.model.layers[0]) is None
+
+
+def test_a_dropout_that_drops_keeps_the_layers_own_forward(calls):
+    model, _ = adapted(make_tiny("phi3", resid_pdrop=0.0))
+    step(model)
+    assert len(calls) == model.config.num_hidden_layers
+    # Set later: the node would leave it out.
+    model.model.layers[0].resid_mlp_dropout.p = 0.5
+    calls.clear()
+    step(model)
+    assert len(calls) == model.config.num_hidden_layers - 1
+    model, report = adapted(make_tiny("phi3", resid_pdrop=0.3).eval())
+    assert not [entry for entry in report.swapped if entry.role == "layer"]

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ... import kernels
 from ..probe import FOREIGN_ERRORS, Formula, choose, copy_child, stand_in
-from ..roles import QKV, base_layer, is_linear, linear_children
+from ..roles import QKV, base_layer, is_linear, linear_children, qkv_children
 from .lora import compute_dtype, projection_of
 from .slots import Swap, plan_of, stock_forward
 
@@ -71,6 +71,8 @@ class AttentionPlan:
 
     Attributes:
         head_dim: Size of a head.
+        inputs: Names of the children that make queries, keys and values, or of the one that makes all three.
+        widths: Columns of queries, keys and values of the one; None of three.
         output: Name of the child that projects back.
         norms: Names of the children that norm queries and keys, or None.
         norm_heads: Whether each head is normed alone (otherwise all heads together).
@@ -82,6 +84,8 @@ class AttentionPlan:
     """
 
     head_dim: int
+    inputs: tuple[str, ...]
+    widths: tuple[int, int, int] | None
     output: str
     norms: tuple[str, str] | None
     norm_heads: bool
@@ -96,7 +100,10 @@ class AttentionPlan:
         """Project ``x`` [B, T, H] and rotate; each result is [B, heads, T, head_dim]."""
         children = module._modules
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = _project(children, x)
+        if self.widths is None:
+            q, k, v = _project(children, x)
+        else:
+            q, k, v = children[self.inputs[0]](x).split(self.widths, -1)  # type: ignore[misc]
         if self.norms is not None and not self.norm_heads:
             q, k = children[self.norms[0]](q), children[self.norms[1]](k)  # type: ignore[misc]
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
@@ -230,12 +237,13 @@ def _compute(plan: AttentionPlan) -> Callable[[nn.Module, torch.Tensor], torch.T
 def _build(module: Any, rotary_dim: int, rotation: Rotation, dtype: torch.dtype) -> _Harness:
     generator = torch.Generator(device="cpu").manual_seed(3)
     children: dict[str, Any] = {}
+    inputs = qkv_children(module) or ()
     for name, child in module._modules.items():
         if not is_linear(child):
             children[name] = child if child is None else copy_child(child).to(dtype)
             continue
         bias = getattr(base_layer(child), "bias", None) is not None
-        columns, rows = (HIDDEN, child.out_features) if name in QKV else (child.in_features, HIDDEN)
+        columns, rows = (HIDDEN, child.out_features) if name in inputs else (child.in_features, HIDDEN)
         small = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device="cpu", dtype=torch.float32)
         for parameter in small.parameters():
             parameter.data.normal_(0.0, 0.3, generator=generator)
@@ -296,7 +304,17 @@ def plan(module: Any) -> Swap | str:
     if any(name not in parameters for name in _NAMED):
         return "its forward takes other arguments"
     norms = next((pair for pair in NORMS if all(name in module._modules for name in pair)), None)
-    output = next(name for name in linear_children(module) if name not in QKV)
+    linears, inputs = linear_children(module), qkv_children(module)
+    if inputs is None:
+        return "its projections have other names"
+    output = next(name for name in linears if name not in inputs)
+    widths = None
+    if len(inputs) == 1:
+        queries = linears[output].in_features
+        keys, odd = divmod(linears[inputs[0]].out_features - queries, 2)
+        if odd or keys <= 0:
+            return "its joint projection has other parts than queries, keys and values"
+        widths = queries, keys, keys
     reason = "its forward computes something else"
     for rotation, rotary_dim in itertools.product(ROTATIONS, _rotary_dims(module)):
 
@@ -304,7 +322,7 @@ def plan(module: Any) -> Swap | str:
             return _build(module, rotary_dim, rotation, dtype)
 
         plans = [
-            AttentionPlan(module.head_dim, output, norms, heads, rotation)
+            AttentionPlan(module.head_dim, inputs, widths, output, norms, heads, rotation)
             for heads in ((True, False) if norms else (False,))
         ]
         chosen = choose(build, HIDDEN, [Formula(p, _compute(p)) for p in plans])

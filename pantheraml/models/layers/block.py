@@ -84,9 +84,10 @@ class Spec:
         norms: Before attention, after it, before the MLP, after it; None where there is none.
         head_norms: Of queries and keys, or None.
         norm_heads: Whether these take each head alone.
-        statics: Of q, k, v, o, then gate, up, down or, packed, gate_up, down.
+        statics: Of q, k, v (or, packed, qkv), o, then gate, up, down (or, packed, gate_up, down).
         turn: Rotation of queries and keys.
         head_dim: Size of a head D.
+        widths: Columns of q, k and v where one projection makes all three, else None.
         attend: Maps q, k, v [B, heads, T, D] to [B, T, heads, D].
         activation: Of the MLP.
         packed: ``"gate_first"`` or ``"up_first"`` where one projection makes both gate and up.
@@ -102,6 +103,7 @@ class Spec:
     statics: tuple[Static, ...]
     turn: Turn
     head_dim: int
+    widths: tuple[int, int, int] | None
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     activation: str
     packed: str | None
@@ -318,7 +320,9 @@ class _Layer:
             self.norm_parameters[id(norm)] = tensors[start : start + count]
             start += count
         terms = terms_of(spec.statics, tensors[start:])
-        groups = terms[:3], terms[3:4], terms[4:-1], terms[-1:]
+        # How many projections make queries, keys and values; the next projects back.
+        self.inputs = n = 3 if spec.widths is None else 1
+        groups = terms[:n], terms[n : n + 1], terms[n + 1 : -1], terms[-1:]
         if all(
             by_kernels(h.reshape(-1, h.shape[-1]), group) or not any(term.rank for term in group) for group in groups
         ):
@@ -338,7 +342,8 @@ class _Layer:
         """q, k, v [B, heads, T, D] of the residual h."""
         spec = self.spec
         state.x, state.rstd = self._norm(0, h)
-        (q, k, v), state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
+        outputs, state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
+        q, k, v = outputs if spec.widths is None else outputs[0].split(spec.widths, -1)
         heads = (self.batch, self.length, -1, spec.head_dim)
         if spec.head_norms is not None:
             shape = heads if spec.norm_heads else (self.batch, self.length, -1)
@@ -472,12 +477,12 @@ class _Layer:
             start += count
         needs = needs_of(flags[start:], len(spec.statics))
         self.restore(state, h)
-        d_middle, lifts = self._mlp_backward(state, grad, needs[4:])
+        d_middle, lifts = self._mlp_backward(state, grad, needs[self.inputs + 1 :])
         if spec.parallel:
             d_added, residual = grad, grad + d_middle
         else:
             d_added = residual = d_middle
-        d_h, attention = self._attention_backward(state, h, d_added, needs[:4], residual, need_h)
+        d_h, attention = self._attention_backward(state, h, d_added, needs[: self.inputs + 1], residual, need_h)
         projections = [g for p in (*attention, *lifts) for g in (p.weight, p.bias, p.A, p.B)]
         return d_h, [*(g for norm in norms for g in self.norm_grads[id(norm)]), *projections]
 
@@ -598,7 +603,7 @@ class _Layer:
         dy = self._branch_backward(1, grad, state.branch)
         flat = attended.result.reshape(rows, -1)
         d_attended, _, grads_o = project_backward(
-            [dy], flat, state.skinny_o, self.o, needs[3:], need_x=True, need_u=False, A=self.joined[1]
+            [dy], flat, state.skinny_o, self.o, needs[self.inputs :], need_x=True, need_u=False, A=self.joined[1]
         )
         assert d_attended is not None
         dq, dk, dv = (x.transpose(1, 2) for x in attended.backward(d_attended))
@@ -611,8 +616,10 @@ class _Layer:
                 for args in zip(spec.head_norms, (dq, dk), state.unnormed, state.head_rstd)
             )
         grads = [x.reshape(rows, -1) for x in (dq, dk, dv)]
+        if spec.widths is not None:
+            grads = [torch.cat(grads, -1)]
         dx, _, grads_qkv = project_backward(
-            grads, state.x, state.skinny, self.qkv, needs[:3], need_x=True, need_u=False, A=self.joined[0]
+            grads, state.x, state.skinny, self.qkv, needs[: self.inputs], need_x=True, need_u=False, A=self.joined[0]
         )
         assert dx is not None
         return self._norm_backward(0, dx, h, state.rstd, residual, need_h), [*grads_qkv, *grads_o]

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...kernels.lora_linear import Projection
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
-from ..roles import QKV, decoder_children, plain_tensor
+from ..roles import decoder_children, plain_tensor
 from .attention import AttentionPlan, attention_function
 from .block import Keep, Level, Spec, decoder_layer
 from .lora import compute_dtype, projection_of, untouched
@@ -121,6 +121,8 @@ def plan(module: Any) -> Swap | str:
     others = {name: copy_child(child) for name, child in module.named_children() if name not in stubs}
     clone: Any = stand_in(module, {}, {**others, **stubs})
     clone.gradient_checkpointing = False
+    # In training, so that what drops something shows.
+    clone.train()
     h = torch.randn(1, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     given: dict[str, Any] = {name: object() for name in (*names[1:], _UNKNOWN)}
     # What layers look into.
@@ -185,6 +187,7 @@ class _Parts:
         linears: Children that project, in the order of ``decoder_layer``.
         parents: For each of ``linears``, its parent and name, to notice that it was replaced.
         quiet: Modules whose own forward is passed over, so that no hook of theirs may be.
+        dropouts: Modules that the node leaves out, because they drop nothing.
     """
 
     attention: Any
@@ -194,11 +197,14 @@ class _Parts:
     linears: list[Any]
     parents: list[tuple[Any, str]]
     quiet: list[Any] = field(default_factory=list)
+    dropouts: list[Any] = field(default_factory=list)
 
     def current(self) -> bool:
         """Whether the layer still holds these modules, with what ``adapt`` put into them and no hooks of others."""
-        return all(parent[name] is linear for (parent, name), linear in zip(self.parents, self.linears)) and all(
-            _quiet(module) for module in self.quiet
+        return (
+            all(parent[name] is linear for (parent, name), linear in zip(self.parents, self.linears))
+            and all(_quiet(module) for module in self.quiet)
+            and all(not dropout.p for dropout in self.dropouts)
         )
 
 
@@ -235,7 +241,7 @@ def _parts(layer: Any) -> _Parts | None:
     head_norms = None
     if heads.norms is not None:
         head_norms = tuple(Norm.of(attention._modules[name]) for name in heads.norms)
-    parents = [(attention._modules, name) for name in (*QKV, heads.output)]
+    parents = [(attention._modules, name) for name in (*heads.inputs, heads.output)]
     parents += [(mlp._modules, name) for name in (glu.gate, glu.up, glu.down) if name is not None]
     parts = _Parts(
         attention,
@@ -245,6 +251,7 @@ def _parts(layer: Any) -> _Parts | None:
         [parent[name] for parent, name in parents],
         parents,
         [attention, mlp, *(n.module for n in (*norms, *(head_norms or ())) if n is not None)],
+        [module for module in layer._modules.values() if isinstance(module, nn.Dropout)],
     )
     if not parts.current():
         return None
@@ -331,6 +338,7 @@ def _prepare(
         statics=(),
         turn=Turn(arrange(positions[0]), arrange(positions[1]), heads.rotation.layout),
         head_dim=heads.head_dim,
+        widths=heads.widths,
         attend=attend,
         activation=glu.activation,
         packed=glu.layout if glu.up is None else None,
@@ -444,11 +452,14 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | 
     parts = _parts(layer) if swap is not None and isinstance(swap.plan, DecoderPlan) else None
     if parts is None:
         return None
+    plan: AttentionPlan = plan_of(parts.attention)
     widths = [(linear.in_features, linear.out_features) for linear in parts.linears]
-    (hidden, q_width), (_, kv_width) = widths[:2]
-    inner = sum(out for _, out in widths[4:-1])
+    around = len(plan.inputs) + 1
+    hidden = widths[0][0]
+    q_width, kv_width = (widths[0][1], widths[1][1]) if plan.widths is None else plan.widths[:2]
+    inner = sum(out for _, out in widths[around:-1])
     element = next((p.element_size() for n in parts.norms if n is not None for p in n.parameters()), 2)
-    heads = q_width // plan_of(parts.attention).head_dim
+    heads = q_width // plan.head_dim
     _, after, _, after_mlp = parts.norms
     unnormed = q_width + kv_width if parts.head_norms is not None else 0
 
@@ -463,8 +474,8 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | 
     attention = 2.0 * tokens * length * q_width / _ATTENTION_RATE
     forward = sum(products) + attention
     takes = {Keep.ALL: 0.0}
-    takes[Keep.RESIDUAL] = sum(products[4:-1]) + (products[-1] if after_mlp is not None else 0.0)
-    takes[Keep.ATTENTION] = takes[Keep.RESIDUAL] + sum(products[:4])
+    takes[Keep.RESIDUAL] = sum(products[around:-1]) + (products[-1] if after_mlp is not None else 0.0)
+    takes[Keep.ATTENTION] = takes[Keep.RESIDUAL] + sum(products[:around])
     takes[Keep.INPUT] = takes[Keep.ATTENTION] + attention
     costs = {}
     for keep in Keep:
