@@ -72,6 +72,7 @@ def test_what_is_written_is_what_was_trained(scheme, tmp_path, tiny_tokenizer):
     assert qat.scheme_of(model) == scheme
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
+    due = torch.nn.functional.cross_entropy(logits(model)[0, :-1], IDS[0, 1:])
     model.train()
     for _ in range(20):
         loss = model(input_ids=IDS, labels=IDS).loss
@@ -79,6 +80,7 @@ def test_what_is_written_is_what_was_trained(scheme, tmp_path, tiny_tokenizer):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
+    assert losses[0] == pytest.approx(float(due), rel=0.01)  # no fused layer goes past the rounding
     assert losses[-1] < 0.9 * losses[0]
     report = facade.save_pretrained_torchao(model, tmp_path / "out", tiny_tokenizer)
     assert report.merged_modules == 14
@@ -97,10 +99,13 @@ def test_all_weights_are_trained(tiny_llama_dir, tmp_path):
     )
     names = set(model.state_dict())
     assert names == set(make_tiny("llama").state_dict())
-    model.train()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
     rounded = logits(model)
+    due = torch.nn.functional.cross_entropy(rounded[0, :-1], IDS[0, 1:])
+    model.train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(loss.detach(), due, rtol=1e-6, atol=1e-6)  # no fused layer goes past the rounding
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     assert 1e-4 < spread(rounded, logits(plain)) < 0.1
     report = facade.save_pretrained_torchao(model, tmp_path / "out", tokenizer)
