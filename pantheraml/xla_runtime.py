@@ -94,6 +94,23 @@ def sync(*, wait: bool = False) -> None:
     _module().sync(wait=wait)
 
 
+def pending_program() -> bytes:
+    """The operations noted so far as one program, an HLO protobuf, with the tensors that they make as outputs."""
+    import gc
+
+    import torch
+
+    backend = _module()._XLAC
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    # What has its data already would only be handed through.
+    pending = [
+        tensor
+        for tensor in tensors
+        if tensor.device.type == "xla" and "\nXLAData: None" in backend._get_xla_tensor_debug_info(tensor)
+    ]
+    return backend._get_xla_tensors_hlo_proto(pending)
+
+
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of tensors in host memory: what they wait for runs, then all come in one transfer.
 

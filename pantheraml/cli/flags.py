@@ -295,6 +295,23 @@ DOCTOR: tuple[Group, ...] = (
     ),
 )
 
+ESTIMATE: tuple[Group, ...] = (
+    Group(
+        "step",
+        (
+            _flag("model", metavar="MODEL", help="model folder or hub id; its weights are not read"),
+            _flag("--tpu", required=True, help="the chips, as v5e-8 or v6e:2x4"),
+            _flag("--max_seq_length", type=positive, default=2048, help="tokens of a row"),
+            _flag("--per_device_train_batch_size", type=positive, default=1, help="rows of each chip"),
+            _flag("--r", type=positive, default=16, help="rank of the adapters"),
+            _switch("--full_finetuning", "train every weight instead of LoRA"),
+            _switch("--no_checkpointing", "keep all activations instead of computing them again"),
+            _JSON,
+            _DEBUG,
+        ),
+    ),
+)
+
 CHAT: tuple[Group, ...] = (
     Group(
         "model",

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ..errors import nearest
 from .boundary import EXIT_CODES
-from .flags import CHAT, DATA, DEMO, DOCTOR, EXPORT, TRAIN, Group, amount, not_negative, positive, share
+from .flags import CHAT, DATA, DEMO, DOCTOR, ESTIMATE, EXPORT, TRAIN, Group, amount, not_negative, positive, share
 
 PROGRAM = "pantheraml"
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, tuple[Group, ...]]] = {
     "doctor": ("versions, device, what is missing and what that costs", DOCTOR),
     "chat": ("talk to a model, merged model or adapter", CHAT),
     "export": ("write a model or adapter in another format, and verify it", EXPORT),
+    "estimate": ("what a training step needs on TPU chips, compiled for them without one", ESTIMATE),
     "data": ("look at a data set as it will be trained, before training", DATA),
 }
 _METAVARS = {positive: "N", not_negative: "N", int: "N", amount: "X", share: "X"}

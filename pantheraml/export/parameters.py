@@ -254,7 +254,11 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor
 
 def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     # The extremes hand NaN on, and take one pass where isfinite makes several tensors: a thirtieth of its time in bf16.
-    if tensor.numel() and tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+    if not tensor.numel() or not tensor.is_floating_point():
+        return tensor
+    # XLA has no aminmax: for it the whole weight would be read to the host.
+    extremes = (tensor.amin(), tensor.amax()) if tensor.device.type == "xla" else tensor.aminmax()
+    if not bool(torch.stack(extremes).isfinite().all()):
         raise NonFiniteWeightError(
             "a weight to be written is NaN or infinite",
             where=name,

@@ -1,0 +1,111 @@
+"""The trainer's step, compiled by libtpu for TPU chips on a machine without any.
+
+The model has the widths of Llama 3.2 1B and two or four of its sixteen layers, so that the compiler needs a minute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from transformers import LlamaConfig
+
+from pantheraml import xla_runtime  # noqa: F401  # named in a condition
+from pantheraml.training.tpu_estimate import estimate_tpu_step
+
+MISSING = [name for name in ("libtpu", "jax") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} is not installed, so nothing compiles for a TPU"),
+    pytest.mark.skipif(
+        "xla_runtime.device_count() > 1",
+        reason="processes of its own have as many devices as there are chips: run with one device",
+    ),
+    pytest.mark.timeout(900),
+]
+GIB = 1024**3
+WIDTHS = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+# Weights of one layer: attention, MLP, two norms.
+LAYER = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192 + 2 * 2048
+
+
+def billion(path, tokenizer, layers):
+    config = LlamaConfig(
+        **WIDTHS,
+        num_hidden_layers=layers,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory, tiny_tokenizer):
+    model = billion(tmp_path_factory.mktemp("two"), tiny_tokenizer, 2)
+    return estimate_tpu_step(model, ["v5e:2x4", "v6e:2x4"], max_seq_length=1024, lora_r=16)
+
+
+@pytest.mark.parametrize(("index", "name", "memory"), [(0, "v5e-8", 16), (1, "v6e-8", 32)])
+def test_a_lora_step_is_placed_on_eight_chips(two_layers, index, name, memory):
+    estimate = two_layers[index]
+    assert (estimate.tpu, estimate.chips, estimate.hbm) == (name, 8, memory * GIB)
+    assert (estimate.rows, estimate.seq_length) == (8, 1024)
+    frozen = estimate.parameters - estimate.trainable
+    assert frozen == 128256 * 2048 + 2 * LAYER + 2048
+    assert estimate.trainable == 2 * 16 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192))
+    # bf16 weights are divided; float32 adapters and their two moments are too small to be, but for some.
+    divided, states = 2 * frozen / 8, 3 * 4 * estimate.trainable
+    assert divided + states / 8 < estimate.arguments < divided + states + 2**20
+    # What the step updates takes its place, and nothing else comes out but a few numbers.
+    assert 0 < estimate.updated <= estimate.outputs < estimate.updated + 2**16
+    assert states / 8 < estimate.updated < states + 2**16
+    # The weights of the vocabulary are gathered where they are used.
+    assert estimate.temporaries > 2 * 128256 * 2048
+    assert estimate.needed == (
+        estimate.arguments + estimate.temporaries + estimate.outputs - estimate.updated + estimate.code
+    )
+    assert estimate.fits
+    assert estimate.needed < estimate.hbm
+    # Weights are gathered at least once in the forward and once in the backward, and gradients are summed.
+    assert estimate.collectives["all-gather"] >= 2 * 2 * 7
+    assert estimate.collectives.get("all-reduce", 0) + estimate.collectives.get("reduce-scatter", 0) > 0
+
+
+def test_memory_grows_by_the_layers(two_layers, tmp_path, tiny_tokenizer):
+    [four] = estimate_tpu_step(billion(tmp_path, tiny_tokenizer, 4), "v5e-8", max_seq_length=1024, lora_r=16)
+    two = two_layers[0]
+    assert four.parameters - four.trainable == two.parameters - two.trainable + 2 * LAYER
+    grown = 2 * 2 * LAYER / 8 + (two.updated - 4)
+    assert four.arguments - two.arguments == pytest.approx(grown, rel=0.01)
+    # Layers are gathered one after another, and their activations computed again: each keeps its input.
+    assert four.temporaries - two.temporaries < 2 * 2 * LAYER / 2
+    assert four.collectives["all-gather"] > two.collectives["all-gather"]
+
+
+def test_one_chip_needs_no_communication(tiny_llama_dir):
+    [estimate] = estimate_tpu_step(str(tiny_llama_dir), "v5e-1", max_seq_length=256, lora_r=None)
+    assert estimate.chips == 1
+    assert estimate.trainable == estimate.parameters
+    assert estimate.fits
+    assert estimate.collectives == {}
+
+
+def test_a_step_that_is_too_large_is_told(tiny_llama_dir):
+    # Scores of 32768 by 32768 of four heads are 16 GiB in float32.
+    [estimate] = estimate_tpu_step(str(tiny_llama_dir), "v5e-4", max_seq_length=32768)
+    assert not estimate.fits
+    assert estimate.arguments is None
+    assert estimate.collectives == {}
+    assert estimate.needed > 15 * GIB
