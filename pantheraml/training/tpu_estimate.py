@@ -148,7 +148,7 @@ def estimate_tpu_step(
     missing = [name for name in ("torch_xla", "libtpu", "jax") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
-            f"compiling for a TPU needs {', '.join(missing)}, which is not installed",
+            f"compiling for a TPU needs what is not installed: {', '.join(missing)}",
             where=_WHERE,
             hint=f"in an environment with torch 2.9: {xla_runtime.INSTALL}",
         )
