@@ -360,8 +360,11 @@ def _note_step(trainer: Any) -> bytes:
     sync = xla_runtime.sync
     xla_runtime.sync = note  # type: ignore[assignment]
     trainer.add_callback(Begin())
-    with contextlib.suppress(_NotedError):
-        trainer.train()
+    try:
+        with contextlib.suppress(_NotedError):
+            trainer.train()
+    finally:
+        xla_runtime.sync = sync
     return noted["program"]
 
 
