@@ -185,7 +185,8 @@ def render(lines: Sequence[Line]) -> str:
         "Times are those of the steps after the third. A factor is relative to the peer's default in the same call.",
         "`hf` is transformers, PEFT and TRL as they are, `liger` the same with Liger's kernels, both with",
         "checkpointing. `default` is what each contender does when nothing is chosen, `keep` a peer told to keep all",
-        "activations, `recompute` and `capped` PantheraML told to recompute every layer from inputs in host memory.",
+        "activations, `recompute` and `capped` PantheraML told to recompute every layer from what waits in host",
+        "memory: inputs, and for long rows attention's results.",
     ]
     for name, case in cases.CASES.items():
         for call in calls_of(lines, name):

@@ -280,6 +280,13 @@ def narrow_stages(tile: Tile, rank: int, itemsize: int, limit: int) -> int:
     return max(min(tile.num_stages, (limit - SHARED_RESERVE) // stage), 1)
 
 
+def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
+    """The same for ``gradients``, where the factor stays and dy and skinny stream."""
+    stage = 2 * tile.rows * (tile.columns + _block(rank))
+    kept = SHARED_RESERVE + 2 * tile.columns * _block(rank)
+    return max(min(tile.num_stages, (limit - kept) // stage), 1)
+
+
 @functools.cache
 def _narrow_stages_on(tile: Tile, rank: int, itemsize: int, device: torch.device) -> int:
     return narrow_stages(tile, rank, itemsize, _shared_memory(device))
@@ -288,13 +295,6 @@ def _narrow_stages_on(tile: Tile, rank: int, itemsize: int, device: torch.device
 @functools.cache
 def _gradient_stages_on(tile: Tile, rank: int, device: torch.device) -> int:
     return gradient_stages(tile, rank, _shared_memory(device))
-
-
-def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
-    """The same for ``gradients``, where the factor stays and dy and skinny stream."""
-    stage = 2 * tile.rows * (tile.columns + _block(rank))
-    kept = SHARED_RESERVE + 2 * tile.columns * _block(rank)
-    return max(min(tile.num_stages, (limit - kept) // stage), 1)
 
 
 class _Sum(NamedTuple):
