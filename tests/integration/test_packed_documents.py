@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,7 +12,9 @@ from training_support import panthera_model
 from trl import SFTConfig, SFTTrainer
 
 from pantheraml.chat_templates import train_on_responses_only
+from pantheraml.errors import UnsupportedError
 from pantheraml.models import attention
+from pantheraml.training import isolation
 
 # The loss that balances experts is of all tokens of a batch, whichever documents they belong to.
 FAMILIES = {
@@ -126,3 +131,15 @@ def test_the_loss_of_a_packed_data_set_is_that_of_its_documents(tmp_path, tiny_t
     assert count == due
     for name, gradient in expected.items():
         assert close(found[name], gradient), name
+
+
+@pytest.mark.parametrize(("family", "refused"), [("llama", True), ("gpt_oss", False)])
+def test_rounding_is_allowed_to_experts_only(family, refused, monkeypatch):
+    """Whatever else moves the next document by more than its last digit is read from the one before."""
+    outputs = iter([torch.ones(6, 9), torch.ones(6, 9) + 1e-5])
+    monkeypatch.setattr(isolation, "_last_document", lambda *_: next(outputs))
+    trainer = SimpleNamespace(
+        model=panthera_model(family, lora=False, config=FAMILIES[family]), args=SimpleNamespace(packing=True)
+    )
+    with pytest.raises(UnsupportedError, match="read one another") if refused else nullcontext():
+        isolation.check_isolation(trainer)
