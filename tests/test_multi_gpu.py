@@ -59,6 +59,7 @@ def test_options_have_the_documented_names_and_defaults():
         "num_gpus": None,
         "strategy": "auto",
         "shard_size": None,
+        "context_parallel": 1,
     }
     options = inspect.signature(PantheraMLDistributedTrainer).parameters
     assert options["multi_gpu_config"].default is None

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import log, xla_runtime
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
+from ..parallel import context
 from .host_memory import HostStash, OffloadSaved, available_bytes
 from .layers.block import Keep, Level, Offload
 from .layers.decoder import Cost, costs_of, is_node
@@ -122,6 +123,18 @@ def read_memory(device: torch.device) -> Memory | None:
     allocated, reserved = backend.memory_allocated(device), backend.memory_reserved(device)
     free, _total = backend.mem_get_info(device)
     return Memory(allocated, backend.max_memory_allocated(device), free + reserved - allocated, reserved)
+
+
+def _size(hidden: torch.Tensor) -> tuple[int, int]:
+    """Tokens of a forward, and those of a row, which several ranks may share."""
+    divided = context.current()
+    return hidden.numel() // hidden.shape[-1], hidden.shape[-2] * (1 if divided is None else divided.group.size)
+
+
+def _agreed(numbers: list[int], *, least: bool = False) -> list[int]:
+    """The largest or least of the ranks that share the sequences: all have to recompute, and so exchange, the same."""
+    divided = context.current()
+    return numbers if divided is None else divided.group.agree(numbers, least=least)
 
 
 def _least(costs: dict[Level, Cost]) -> Level:
@@ -324,6 +337,13 @@ class ActivationPlan:
                 why=f"the host gave no pinned memory: {reason}",
                 hint="raise the memory limits of the container, or pass use_gradient_checkpointing=True",
             )
+        if context.current() is not None:
+            raise UnsupportedError(
+                "activations cannot wait in host memory on one of the ranks that share each sequence",
+                where="use_gradient_checkpointing",
+                why=f"the host gave no pinned memory: {reason}",
+                hint="raise the memory limits of the container, or pass use_gradient_checkpointing=True",
+            )
         self._host_bytes = 0
         for group in (self._groups or {}).values():
             group.allotted.clear()
@@ -356,7 +376,7 @@ class ActivationPlan:
         if index == 0 and self.mode == "auto":
             self._begin(hidden)
         if index == 0 and self.mode == "offload" and hidden.is_cuda:
-            self.levels[:] = self._offload(hidden.numel() // hidden.shape[-1], hidden.shape[-2])
+            self.levels[:] = self._offload(*_size(hidden))
         return self.levels[index]
 
     def _offload(self, tokens: int, length: int) -> list[Level]:
@@ -380,13 +400,13 @@ class ActivationPlan:
     def _on_host(self, costs: dict[Level, Cost]) -> dict[Level, Cost]:
         """The levels that the host has memory for if all layers are kept so; the input alone is its last resort."""
         if self._host_bytes is None:
-            self._host_bytes = self._host_memory()
+            (self._host_bytes,) = _agreed([self._host_memory()], least=True)
         room = self._host_bytes // max(len(self._layers), 1)
         return {level: cost for level, cost in costs.items() if level == HOST or cost.host_bytes <= room}
 
     def _begin(self, hidden: torch.Tensor) -> None:
         """Start a forward: finish the measurement of the last step, and choose the levels of this one."""
-        tokens, length = hidden.numel() // hidden.shape[-1], hidden.shape[-2]
+        tokens, length = _size(hidden)
         self._measuring = None
         if self._groups is None:
             self._groups = {}
@@ -401,6 +421,10 @@ class ActivationPlan:
                 for index in group.indices:
                     self.levels[index] = ALL
                 continue
+            if context.current() is not None and self._reads(group, tokens, length):
+                (free,) = _agreed([memory.free], least=True)
+                allocated, peak, reserved = _agreed([memory.allocated, memory.peak, memory.reserved])
+                memory = Memory(allocated, peak, free, reserved)
             self._plan(group, memory, hidden, tokens, length)
         planned = [g.measured for g in self._groups.values() if g.measured is not None]
         if planned and not any(m.unfinished or m.trying for m in planned):
@@ -408,6 +432,14 @@ class ActivationPlan:
             if told != self._told:
                 self._told = told
                 log.info(told)
+
+    @staticmethod
+    def _reads(group: _Group, tokens: int, length: int) -> bool:
+        """Whether the next plan depends on the memory."""
+        known = group.measured
+        if known is None or known.peak is None or known.trying is not None:
+            return True
+        return tokens > known.tokens or length > known.length
 
     def _plan(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
         measured = group.measured
@@ -511,7 +543,7 @@ class ActivationPlan:
         assert after is not None
         assert group.measured is not None
         own = hidden.numel() * hidden.element_size()
-        group.measured.whole = max(after.allocated - before.allocated - own, 1)
+        (group.measured.whole,) = _agreed([max(after.allocated - before.allocated - own, 1)])
         self._measuring = None
         return output
 

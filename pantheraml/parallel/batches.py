@@ -7,13 +7,18 @@ rank that gets none runs a batch without labels, which adds nothing to the loss 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
+from ..errors import UnsupportedError
+
 IGNORED = -100
+# An index that no row has, nor an idle one.
+MISSING = -sys.maxsize
 _KEPT = (
     "num_workers",
     "pin_memory",
@@ -33,29 +38,36 @@ class EvenBatches(BatchSampler):
     Args:
         sampler: Yields row indices, the same on every rank. Accelerate may replace it.
         rows: Rows in a batch.
-        ranks: Number of ranks; as many batches make a round.
+        ranks: Number of ranks, or of groups of them that share each batch; as many batches make a round.
+        copies: Ranks in a group, default 1: each batch comes as often, one time after the other.
     """
 
-    def __init__(self, sampler: Any, rows: int, ranks: int) -> None:
+    def __init__(self, sampler: Any, rows: int, ranks: int, copies: int = 1) -> None:
         self.sampler: Any = sampler
         self.rows = rows
         self.ranks = ranks
+        self.copies = copies
         # None tells Accelerate that batches are of any length.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // (self.rows * self.ranks)) * self.ranks
+        return -(-len(self.sampler) // (self.rows * self.ranks)) * self.ranks * self.copies
 
     def __iter__(self) -> Iterator[list[int]]:
         pending: list[int] = []
         for index in self.sampler:
             pending.append(index)
             if len(pending) == self.rows * self.ranks:
-                yield from self._dealt(pending)
+                yield from self._copied(pending)
                 pending = []
         if pending:
-            yield from self._dealt(pending)
+            yield from self._copied(pending)
+
+    def _copied(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        for batch in self._dealt(indices):
+            for _ in range(self.copies):
+                yield list(batch)
 
     def _dealt(self, indices: Sequence[int]) -> Iterator[list[int]]:
         share, over = divmod(len(indices), self.ranks)
@@ -64,6 +76,23 @@ class EvenBatches(BatchSampler):
             stop = start + share + (rank < over)
             yield list(indices[start:stop]) or [-1 - indices[0]]
             start = stop
+
+
+class OrderedBatches(EvenBatches):
+    """The same for an evaluation, whose figures are averaged over rows: batches as one process has them.
+
+    What is missing in the last round is there as ``MISSING``, so that Accelerate finds batches of one length, and knows
+    how many of the last figures are of no row.
+    """
+
+    def __init__(self, sampler: Any, rows: int, ranks: int, copies: int = 1) -> None:
+        super().__init__(sampler, rows, ranks, copies)
+        self.batch_size = rows
+
+    def _dealt(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        for start in range(0, self.ranks * self.rows, self.rows):
+            batch = list(indices[start : start + self.rows]) or [-1 - indices[0]]
+            yield batch + [MISSING] * (self.rows - len(batch))
 
 
 class _Idle(dict[str, Any]):
@@ -84,9 +113,18 @@ class _Rows(Dataset[Any]):
         return row if index >= 0 else _Idle(row)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
+        indices = [index for index in indices if index != MISSING]
         if indices[0] < 0 or not hasattr(self.dataset, "__getitems__"):
             return [self[index] for index in indices]
         return self.dataset.__getitems__(indices)
+
+
+class _CopiedRows(_Rows):
+    """Rows that several ranks read; Accelerate counts each as often as there are figures of it."""
+
+    def __init__(self, dataset: Any, copies: int) -> None:
+        super().__init__(dataset)
+        self.total_dataset_length = len(dataset) * copies
 
 
 class _Collator:
@@ -110,14 +148,53 @@ def evened(loader: DataLoader[Any], ranks: int) -> DataLoader[Any]:
         loader: A loader before Accelerate prepares it, whose batches have ``labels``.
         ranks: Number of ranks.
     """
+    if _obstacle(loader) is not None:
+        return loader
+    sampler: Any = loader.batch_sampler
+    return _with(loader, _Rows(loader.dataset), EvenBatches(sampler.sampler, sampler.batch_size, ranks))
+
+
+def shared(loader: DataLoader[Any], groups: int, ranks: int, *, training: bool) -> DataLoader[Any]:
+    """The same loader for groups of neighbouring ranks, all of which get the batch of their group.
+
+    Args:
+        loader: A loader before Accelerate prepares it, whose batches have ``labels``.
+        groups: Number of groups.
+        ranks: Number of ranks in each.
+        training: Whether what is left at the end of an epoch is dealt out evenly.
+
+    Raises:
+        UnsupportedError: a stream, ``drop_last`` or a batch sampler of another kind.
+    """
+    obstacle = _obstacle(loader)
+    if obstacle is not None:
+        raise UnsupportedError(
+            f"the batches of {obstacle} cannot be shared by ranks",
+            where="context_parallel",
+            hint="give a data set with a length, and leave dataloader_drop_last and samplers of batches out",
+        )
+    sampler: Any = loader.batch_sampler
+    kind = EvenBatches if training else OrderedBatches
+    rows = _Rows(loader.dataset) if training else _CopiedRows(loader.dataset, ranks)
+    return _with(loader, rows, kind(sampler.sampler, sampler.batch_size, groups, ranks))
+
+
+def _obstacle(loader: DataLoader[Any]) -> str | None:
+    """What of a loader is not made for ``EvenBatches``."""
     sampler = loader.batch_sampler
-    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized) or loader.drop_last:
-        return loader
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        return "a stream"
+    if loader.drop_last:
+        return "a loader that drops the last"
     if type(sampler) is not BatchSampler or not hasattr(sampler.sampler, "__len__"):
-        return loader
+        return type(sampler).__name__
+    return None
+
+
+def _with(loader: DataLoader[Any], rows: Dataset[Any], batches: BatchSampler) -> DataLoader[Any]:
     return DataLoader(
-        _Rows(loader.dataset),
-        batch_sampler=EvenBatches(sampler.sampler, sampler.batch_size, ranks),
+        rows,
+        batch_sampler=batches,
         collate_fn=_Collator(loader.collate_fn),
         **{name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, UnsupportedError
 
@@ -35,6 +35,8 @@ class MultiGPUConfig:
             spread over its GPUs; ``"auto"`` (default): what the launch and the training arguments say.
         shard_size: With ``"fsdp"`` the number of neighbouring ranks that share one model, such as the GPUs of a host;
             the other ranks hold copies of their shards. None (default) means all ranks.
+        context_parallel: How many neighbouring ranks share each sequence, default 1. Each holds its part of the tokens,
+            so that sequences may be that many times longer.
 
     Raises:
         ConfigError: a value out of range.
@@ -52,6 +54,7 @@ class MultiGPUConfig:
     num_gpus: int | None = None
     strategy: Strategy = "auto"
     shard_size: int | None = None
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
         where = "MultiGPUConfig"
@@ -63,6 +66,13 @@ class MultiGPUConfig:
                     hint="a copy of the model on each GPU: torchrun and strategy='ddp'; a model larger than a GPU: "
                     "strategy='fsdp', load_in_4bit=True, or one process and device_map='balanced'",
                 )
+        check_context_parallel(self.context_parallel, where)
+        if self.context_parallel > 1 and self.strategy == "device_map":
+            raise ConfigError(
+                f"context_parallel={self.context_parallel} with strategy='device_map'",
+                where=where,
+                hint="context_parallel is for the processes of a launch: strategy='ddp', 'fsdp' or 'auto'",
+            )
         if self.strategy not in get_args(Strategy):
             raise ConfigError(
                 f"unknown strategy {self.strategy!r}", where=where, hint=f"use one of {', '.join(get_args(Strategy))}"
@@ -85,3 +95,17 @@ class MultiGPUConfig:
             raise ConfigError(f"timeout_minutes must be over 0, not {self.timeout_minutes}", where=where)
         if self.num_gpus is not None and self.num_gpus < 1:
             raise ConfigError(f"num_gpus must be at least 1, not {self.num_gpus}", where=where)
+
+
+def check_context_parallel(value: Any, where: str) -> None:
+    """Refuse a number of ranks that is none.
+
+    Raises:
+        ConfigError: not a whole number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"context_parallel must be a number of processes, at least 1, not {value!r}",
+            where=where,
+            hint="give how many processes share each sequence",
+        )

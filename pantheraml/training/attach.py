@@ -30,7 +30,7 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import optimizers, padding_free, preparation, ranks, report, rows, sharded, states, tpu
+from . import context_parallel, optimizers, padding_free, preparation, ranks, report, rows, sharded, states, tpu
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
 from .device_guard import DeviceGuard
@@ -61,6 +61,7 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
     assert record is not None
     explicit = explicit_names(args)
     ranks.settle(args, model, explicit)
+    context_parallel.settle(trainer, arguments)
     with _quiet_when_piped(), ranks.preparing(arguments) as turn:
         with turn():
             arguments = before_init(trainer, arguments, record, explicit)
@@ -131,6 +132,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
     ranks.complete(trainer)
+    context_parallel.install(trainer)
     sharded.install(trainer, record)
     optimizers.install(trainer)
     figures = defer_figures(trainer)

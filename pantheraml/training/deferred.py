@@ -121,7 +121,8 @@ class Figures:
     settle: Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
-def _sft_trainer(trainer: Any) -> type | None:
+def sft_trainer(trainer: Any) -> type | None:
+    """TRL's ``SFTTrainer`` among the classes of a trainer."""
     name = ("trl.trainer.sft_trainer", "SFTTrainer")
     return next((cls for cls in type(trainer).__mro__ if (cls.__module__, cls.__name__) == name), None)
 
@@ -136,7 +137,7 @@ def defer_figures(trainer: Any) -> Figures | None:
         What was put off; None for other trainers, for a subclass that replaces ``compute_loss`` or ``log``, and with a
         loss function of the user's, whose own reads must give numbers.
     """
-    stock: Any = _sft_trainer(trainer)
+    stock: Any = sft_trainer(trainer)
     if stock is None or getattr(trainer, "compute_loss_func", None) is not None:
         return None
     if type(trainer).compute_loss is not stock.compute_loss or type(trainer).log is not stock.log:

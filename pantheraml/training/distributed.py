@@ -14,7 +14,7 @@ from ..parallel.config import MultiGPUConfig
 from ..parallel.process_group import check_count, gather_objects, setup_distributed_training
 from ..parallel.ranks import get_rank
 from . import sharded
-from .ranks import devices_of
+from .ranks import context_size, devices_of
 from .trainer import PantheraMLTrainer, PantheraMLTrainingArguments
 
 _GIB = 1024**3
@@ -108,6 +108,14 @@ def _apply(args: Any, config: MultiGPUConfig) -> None:
                 hint="leave one out",
             )
         args.ddp_find_unused_parameters = True
+    if config.context_parallel > 1:
+        if context_size(args) not in (1, config.context_parallel):
+            raise ConflictError(
+                f"context_parallel={config.context_parallel}, and {context_size(args)} in the arguments",
+                where="MultiGPUConfig",
+                hint="leave one out",
+            )
+        args.context_parallel = config.context_parallel
     if not config.use_gradient_checkpointing:
         args.gradient_checkpointing = False
     if config.strategy == "fsdp":

@@ -28,7 +28,7 @@ def check_isolation(trainer: Any) -> None:
     if not is_measurable(trainer.model):
         return
     first, other, second = _documents(trainer)
-    with _evaluating(trainer.model):
+    with evaluating(trainer.model):
         outputs = [_last_document(trainer, [document, second]) for document in (first, other)]
     moved = (outputs[0] - outputs[1]).abs().max()
     eps = torch.finfo(outputs[0].dtype).eps
@@ -50,13 +50,19 @@ def is_like_alone(trainer: Any) -> bool:
     It does not where the model counts positions by itself, or where the attention lets documents read one another.
     """
     first, _, second = _documents(trainer)
-    with _evaluating(trainer.model):
+    with evaluating(trainer.model):
         packed, alone = (_last_document(trainer, documents) for documents in ([first, second], [second]))
-    dtypes = {packed.dtype, *(p.dtype for p in trainer.model.parameters() if p.is_floating_point() and p.itemsize > 1)}
+    return bool((packed - alone).abs().max() <= tolerance(trainer) * alone.abs().max())
+
+
+def tolerance(trainer: Any) -> float:
+    """How much of the largest output other kernels may change, which add up in another order, layer after layer.
+
+    Wrong positions, or documents that are read, change half of the digits and more.
+    """
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.is_floating_point() and p.itemsize > 1}
     dtypes |= {torch.bfloat16} if trainer.args.bf16 else {torch.float16} if trainer.args.fp16 else set()
-    # Other kernels add up in another order, layer after layer. Wrong positions change half of the digits and more.
-    allowed = math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes)) * alone.abs().max()
-    return bool((packed - alone).abs().max() <= allowed)
+    return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def is_measurable(model: nn.Module) -> bool:
@@ -72,7 +78,8 @@ def _documents(trainer: Any) -> tuple[list[int], list[int], list[int]]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module of a model is in training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

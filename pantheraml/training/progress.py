@@ -16,6 +16,7 @@ from .. import log
 from ..device import get_device
 from ..parallel import xla
 from .metrics import MetricsWriter
+from .ranks import context_size
 
 # What transformers shows by default; a notebook's own table stays.
 REPLACED = (ProgressCallback, PrinterCallback)
@@ -121,9 +122,11 @@ def banner(args: Any, state: Any, model: nn.Module | None, dataloader: Any) -> s
     batch, accumulation, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     if get_device().type == "xla":
         ranks = xla.current_mesh().shape[xla.FSDP]
+    shared = context_size(args)
+    devices = f"{ranks} devices" if shared == 1 else f"{ranks // shared} groups of {shared} devices"
     lines = [
         f"training on {examples}, {state.max_steps:,} steps",
-        f"  batch {batch} x accumulation {accumulation} x {ranks} devices = {batch * accumulation * ranks} a step",
+        f"  batch {batch} x accumulation {accumulation} x {devices} = {batch * accumulation * ranks // shared} a step",
     ]
     if model is not None:
         trained, total = parameter_counts(model)

@@ -24,6 +24,11 @@ from ..parallel.process_group import launch_hint, leave_at_exit
 _DATASETS = ("train_dataset", "eval_dataset")
 
 
+def context_size(args: Any) -> int:
+    """How many ranks share each sequence; 1 unless the arguments say otherwise."""
+    return getattr(args, "context_parallel", None) or 1
+
+
 def devices_of(model: nn.Module) -> int:
     """On how many devices the layers of a model are spread, 1 for one that was loaded onto one."""
     places = getattr(model, "hf_device_map", None)
@@ -69,10 +74,9 @@ def _refuse_dimensions(args: Any) -> None:
         size = getattr(config, name, None)
         if size is not None and size > 1:
             raise UnsupportedError(
-                f"{name}={size}: {title} parallelism is not available in this release",
+                f"{name}={size}: {title} parallelism of Accelerate's kind is not available in this release",
                 where=f"{type(args).__name__}(parallelism_config=...)",
-                hint="fsdp=True shards a model that is too large; use_gradient_checkpointing='offload' makes room for "
-                "long sequences",
+                hint="fsdp=True shards a model that is too large; context_parallel=2 divides long sequences",
             )
 
 
@@ -112,7 +116,7 @@ def complete(trainer: Any) -> None:
     if ranks == 1:
         return
     leave_at_exit()
-    if hasattr(trainer.args, "dataset_text_field"):
+    if hasattr(trainer.args, "dataset_text_field") and context_size(trainer.args) == 1:
         _deal_rows_evenly(trainer, ranks)
 
 
@@ -136,21 +140,25 @@ def _go_on(trainer: Any) -> None:
 
 def _deal_rows_evenly(trainer: Any, ranks: int) -> None:
     """Give the training loader batches that hold every row once."""
-    accelerator, make_loader = trainer.accelerator, trainer.get_train_dataloader
+    configuration = trainer.accelerator.dataloader_config
+    if not (configuration.split_batches or configuration.dispatch_batches):
+        change_loader(trainer, "get_train_dataloader", lambda loader: evened(loader, ranks))
+
+
+def change_loader(trainer: Any, method: str, change: Callable[[DataLoader[Any]], DataLoader[Any]]) -> None:
+    """Change the loaders that a method of the trainer makes, before Accelerate prepares them."""
+    accelerator, make_loader = trainer.accelerator, getattr(trainer, method)
     prepare = accelerator.prepare_data_loader
-    configuration = accelerator.dataloader_config
-    if configuration.split_batches or configuration.dispatch_batches:
-        return
 
     @functools.wraps(make_loader)
-    def get_train_dataloader() -> DataLoader[Any]:
-        def prepare_evened(loader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
-            return prepare(evened(loader, ranks), *args, **kwargs)
+    def get_dataloader(*args: Any, **kwargs: Any) -> DataLoader[Any]:
+        def prepare_changed(loader: DataLoader[Any], *rest: Any, **options: Any) -> Any:
+            return prepare(change(loader), *rest, **options)
 
-        accelerator.prepare_data_loader = prepare_evened
+        accelerator.prepare_data_loader = prepare_changed
         try:
-            return make_loader()
+            return make_loader(*args, **kwargs)
         finally:
             accelerator.prepare_data_loader = prepare
 
-    trainer.get_train_dataloader = get_train_dataloader
+    setattr(trainer, method, get_dataloader)

@@ -13,7 +13,10 @@ from trl import SFTConfig, SFTTrainer
 from .. import log
 from .._compat import trl as shim
 from ..errors import ConfigError, UnsupportedError
+from ..parallel.config import check_context_parallel
+from .context_parallel import check_installed
 from .guards import CHOICES
+from .ranks import context_size
 
 # PEFT keeps trained copies of embeddings and output layers under these names.
 _TRAINED_COPIES = ("modules_to_save.", "trainable_tokens_")
@@ -32,6 +35,8 @@ class PantheraMLTrainingArguments(SFTConfig):
         max_nonfinite_steps: How many steps in a row may be left out, default 10.
         auto_scale_lr: Whether ``learning_rate`` is multiplied by the number of processes of the launch, for runs whose
             batch grows with it, default False.
+        context_parallel: How many neighbouring processes of the launch share each sequence, default 1. Each holds its
+            part of the tokens, so that sequences may be that many times longer.
 
     Raises:
         ConfigError: a value out of range.
@@ -52,8 +57,11 @@ class PantheraMLTrainingArguments(SFTConfig):
 
     auto_scale_lr: bool = field(default=False, metadata={"help": "Multiply learning_rate by the number of processes."})
 
+    context_parallel: int = field(default=1, metadata={"help": "How many processes of the launch share each sequence."})
+
     def __post_init__(self) -> None:
         where = type(self).__name__
+        check_context_parallel(self.context_parallel, where)
         if self.q_galore_config is not None:
             raise UnsupportedError(
                 "Q-GaLore is not available",
@@ -82,12 +90,17 @@ class PantheraMLTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``trl.SFTTrainer`` does, if the sequences are divided as the arguments say."""
+        check_installed(self)
+        return super().train(*args, **kwargs)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer as the arguments say, then give the embeddings their own learning rate."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = getattr(self.args, "embedding_learning_rate", None)
-        ranks = self.args.world_size
+        ranks = self.args.world_size // context_size(self.args)
         if created and getattr(self.args, "auto_scale_lr", False) and ranks > 1:
             for group in optimizer.param_groups:
                 group["lr"] *= ranks

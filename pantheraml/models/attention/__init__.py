@@ -13,13 +13,14 @@ stock ``sdpa`` pair in this:
 from __future__ import annotations
 
 from .choose import check_request, describe, prefer, register
-from .documents import Documents
+from .documents import Divided, Documents
 from .interface import NAME, attention_forward, attention_mask, is_right_padded
 from .table import Call, order
 
 __all__ = [
     "NAME",
     "Call",
+    "Divided",
     "Documents",
     "attention_forward",
     "attention_mask",

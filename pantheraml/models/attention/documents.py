@@ -17,6 +17,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...parallel.context import ContextGroup
+
+# Keywords of attention functions that tell of packed documents.
+PACKING = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -90,6 +95,24 @@ class Documents:
     def device(self) -> torch.device:
         """Where ``cumulative`` lies."""
         return self.cumulative.device
+
+
+@dataclass(eq=False)
+class Divided:
+    """Documents of which each rank of a group holds its share of the tokens.
+
+    Attributes:
+        documents: Of the whole batch.
+        group: The ranks.
+    """
+
+    documents: Documents
+    group: ContextGroup
+
+    def to(self, device: Any, *args: Any, **kwargs: Any) -> Divided:
+        """The same on another device; a dtype changes nothing."""
+        documents = self.documents.to(device)
+        return self if documents is self.documents else replace(self, documents=documents)
 
 
 def from_lengths(

@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...errors import UnsupportedError
+from ...parallel import context
 from . import efficient, exact, flash, flex, table
-from .documents import Documents, from_keywords, from_mask_function, whole_rows
+from .documents import Divided, Documents, from_keywords, from_lengths, from_mask_function, whole_rows
 
 NAME = "pantheraml"
 
@@ -37,6 +38,8 @@ _SHARE_HEADS = frozenset({"cudnn", "flash"})
 _DEVICES = frozenset({"cuda", "xpu", "mps", "cpu"})
 # Layers of these kinds calculate with the mask, so that it has to be there in full.
 _NEED_MASK = frozenset({"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"})
+# Layers of these kinds know of rows what a share of their tokens tells.
+_DIVISIBLE = frozenset({"full_attention", "sliding_attention"})
 
 
 def attention_forward(
@@ -44,7 +47,7 @@ def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | Documents | None,
+    attention_mask: torch.Tensor | Documents | Divided | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -74,6 +77,21 @@ def attention_forward(
     Returns:
         ``([B, T, H, D_v], None)``.
     """
+    if isinstance(attention_mask, Divided):
+        group, documents = attention_mask.group, attention_mask.documents
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+        options["s_aux"] = None if s_aux is None else group.heads(s_aux)
+        if position_bias is not None:
+            raise _indivisible(f"{type(module).__name__} adds a bias to the scores")
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # Of the keywords only packing is left, which the documents tell.
+            return attention_forward(module, q, k, v, documents, is_causal=is_causal, **options)[0]
+
+        return context.attend_over_ranks(group, attend, query, key, value), None
+    divided = context.current()
+    if divided is not None and query.shape[2] != divided.division.length:
+        raise _indivisible(f"{type(module).__name__} makes its mask by itself")
     batch, _, length, head_dim = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     documents = attention_mask if isinstance(attention_mask, Documents) else None
@@ -200,6 +218,15 @@ def equal_documents(
     return out.view(query.shape[0], query.shape[2], *out.shape[2:])
 
 
+def _indivisible(why: str) -> UnsupportedError:
+    return UnsupportedError(
+        "this model's sequences cannot be divided over ranks",
+        where="context_parallel",
+        why=why,
+        hint="leave context_parallel out; fsdp=True and use_gradient_checkpointing='offload' make room too",
+    )
+
+
 def is_right_padded(mask: torch.Tensor) -> bool:
     """Whether every row of a [B, T] mask is ones followed by zeros, with at least one 1. Reads the device once."""
     mask = mask.bool()
@@ -220,13 +247,30 @@ def attention_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> torch.Tensor | Documents | None:
+) -> torch.Tensor | Documents | Divided | None:
     """The mask for :func:`attention_forward`, in the least that says it.
 
     Returns:
         None where plain causal attention gives every real token the same; documents where rows are packed or a window
-        is narrower than the row; else a mask [B, 1, T, S], True where a token sees a key.
+        is narrower than the row; else a mask [B, 1, T, S], True where a token sees a key. Where several ranks share the
+        rows, the documents of all of them.
+
+    Raises:
+        UnsupportedError: several ranks share the rows, and what a token sees is not told by documents and windows.
     """
+    divided = context.current()
+    if divided is not None:
+        kinds = set(getattr(kwargs.get("config"), "layer_types", None) or ())
+        if use_vmap or allow_is_bidirectional_skip or torch.compiler.is_compiling() or not kinds <= _DIVISIBLE:
+            raise _indivisible("its mask is more than documents and windows")
+        division, tokens = divided.division, divided.division.length // divided.group.size
+        if (batch_size, q_length, kv_length) != (division.batch, tokens, tokens) or (q_offset, kv_offset) != (0, 0):
+            raise _indivisible(f"it asks for a mask of {q_length} x {kv_length} for {tokens} tokens")
+        key = local_size, torch.device(device)
+        if key not in divided.known:
+            whole = from_lengths(division.lengths, division.batch, division.length, local_size, device)
+            divided.known[key] = Divided(whole, divided.group)
+        return divided.known[key]
     # Padding on the right needs no mask: a token never looks at what comes after it, and what padded positions compute
     # reaches no loss.
     if (

@@ -39,6 +39,7 @@ from ...kernels.lora_linear import (
     terms_of,
     thin_product,
 )
+from ...parallel.context import ContextGroup
 from ..host_memory import LEAST_BYTES
 from .pieces import Norm, Turn, activate, activate_backward
 
@@ -95,6 +96,8 @@ class Spec:
         parallel: Whether MLP and attention read the same residual.
         keep: What stays in memory.
         offload: Moves the layer's input and, where it stays, the result of attention to the host; None to leave them.
+        over: The ranks that share the sequences, or None. Around ``attend`` they exchange: it gets all tokens, and this
+            rank's heads; everything else has all heads, and this rank's tokens.
     """
 
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
@@ -111,6 +114,7 @@ class Spec:
     parallel: bool
     keep: Keep
     offload: Offload | None = None
+    over: ContextGroup | None = None
 
     def all_norms(self) -> list[Norm]:
         """The norms, each once, in the order of their parameters among the tensors."""
@@ -253,6 +257,7 @@ class _State:
     unnormed: tuple[torch.Tensor, ...] = ()
     head_rstd: tuple[torch.Tensor | None, ...] = (None, None)
     attended: _Attended | None = None
+    of_tokens: torch.Tensor | None = None
     skinny_o: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     middle: torch.Tensor | None = None
@@ -339,7 +344,7 @@ class _Layer:
         return (x, None) if norm is None else norm.forward(x, self.norm_parameters[id(norm)])
 
     def queries(self, state: _State, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q, k, v [B, heads, T, D] of the residual h."""
+        """q, k, v [B, heads, T, D] of the residual h, as ``attend`` takes them."""
         spec = self.spec
         state.x, state.rstd = self._norm(0, h)
         outputs, state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
@@ -352,7 +357,9 @@ class _Layer:
             (q, first), (k, second) = normed
             state.head_rstd = first, second
         q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
-        return tuple(x.view(heads).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(heads).transpose(1, 2) for x in (q, k, v))
+        self.kv_heads = k.shape[1]
+        return (q, k, v) if spec.over is None else spec.over.to_heads(q, k, v)
 
     def attend(self, qkv: tuple[torch.Tensor, ...], level: Level) -> _Attended:
         """Run attention, keeping what its own backward needs as far as ``level`` says."""
@@ -368,8 +375,12 @@ class _Layer:
             places.give_up(qkv)
         return _Attended(result.detach(), get_gradient_edge(result), begin, places)
 
+    def _of_tokens(self, attended: torch.Tensor) -> torch.Tensor:
+        """The result of attention with all heads of this rank's tokens."""
+        return attended if self.spec.over is None else self.spec.over.to_tokens(attended)
+
     def add_attention(self, state: _State, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """``h + s * n(o(attended))``."""
+        """``h + s * n(o(attended))``, for ``attended`` with all heads of this rank's tokens."""
         flat = attended.reshape(h.shape[0], -1)
         y, state.skinny_o, state.branch = self._add(1, h, flat, self.o, self.joined[1])
         return y
@@ -426,7 +437,7 @@ class _Layer:
         qkv = self.queries(state, h)
         attended = state.attended = self.attend(qkv, level)
         assert attended.result is not None
-        added = self.add_attention(state, h, attended.result)
+        added = self.add_attention(state, h, self._of_tokens(attended.result))
         moved = attended.give_up(qkv) if level.host and keep >= Keep.ATTENTION else []
         del qkv
         # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
@@ -459,7 +470,9 @@ class _Layer:
         elif state.attended.places is not None:
             state.attended.places.fill(0, qkv)
         assert state.attended.result is not None
-        added = self.add_attention(state, h, state.attended.result)
+        # It is asked for again soon.
+        state.of_tokens = self._of_tokens(state.attended.result)
+        added = self.add_attention(state, h, state.of_tokens)
         state.middle = h if self.spec.parallel else added
 
     def backward(
@@ -601,14 +614,24 @@ class _Layer:
         assert attended is not None
         assert attended.result is not None
         dy = self._branch_backward(1, grad, state.branch)
-        flat = attended.result.reshape(rows, -1)
+        needs_o = needs[self.inputs :]
+        trained = any(need.A or need.weight for need in needs_o)
+        (flat, state.of_tokens) = state.of_tokens, None
+        if flat is None and trained:
+            flat = self._of_tokens(attended.result)
+        flat = flat.reshape(rows, -1) if flat is not None and trained else None
         d_attended, _, grads_o = project_backward(
-            [dy], flat, state.skinny_o, self.o, needs[self.inputs :], need_x=True, need_u=False, A=self.joined[1]
+            [dy], flat, state.skinny_o, self.o, needs_o, need_x=True, need_u=False, A=self.joined[1]
         )
         assert d_attended is not None
-        dq, dk, dv = (x.transpose(1, 2) for x in attended.backward(d_attended))
+        if spec.over is not None:
+            d_attended = spec.over.to_tokens_backward(d_attended.view(self.batch, self.length, -1, spec.head_dim))
+        found = attended.backward(d_attended)
+        if spec.over is not None:
+            found = spec.over.to_heads_backward(found, self.kv_heads)
+        dq, dk, dv = (x.transpose(1, 2) for x in found)
         state.attended = None
-        del attended, flat, d_attended
+        del attended, flat, d_attended, found
         dq, dk = spec.turn(dq, dk, backward=True)
         if spec.head_norms is not None:
             dq, dk = (

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ...kernels.lora_linear import Projection
+from ...parallel.context import ContextGroup
+from ..attention.documents import PACKING, Divided
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
 from ..roles import decoder_children, plain_tensor
 from .attention import AttentionPlan, attention_function
@@ -271,7 +273,8 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return decoder_layer(h, spec, projections, norms)
     except torch.OutOfMemoryError:
         planner = _planner(self)
-        if planner is None or spec.keep == Keep.INPUT:
+        # The ranks that share a sequence have to exchange the same: one alone may not begin again.
+        if planner is None or spec.keep == Keep.INPUT or spec.over is not None:
             raise
         planner.shrink()
         keep, offload = planner.keep(self, h)
@@ -327,7 +330,7 @@ def _prepare(
             return None
     if any(p.dtype != h.dtype for p in parameters):
         return None
-    attend = _attend(parts.attention, plan, heads, call)
+    attend, over = _attend(parts.attention, plan, heads, call)
     if attend is None or not _anything_trained(h, projections, parameters):
         return None
     arrange = heads.rotation.arrange
@@ -340,6 +343,7 @@ def _prepare(
         head_dim=heads.head_dim,
         widths=heads.widths,
         attend=attend,
+        over=over,
         activation=glu.activation,
         packed=glu.layout if glu.up is None else None,
         scale=plan.scale,
@@ -361,11 +365,11 @@ def _anything_trained(h: torch.Tensor, projections: list[Any], norms: list[torch
 
 def _attend(
     attention: Any, plan: DecoderPlan, heads: AttentionPlan, call: dict[str, Any]
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """Attention as the layer's own forward would call it; None where the node cannot."""
+) -> tuple[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None, ContextGroup | None]:
+    """Attention as the layer's own forward would call it, None where the node cannot; and who shares the sequences."""
     function = attention_function(attention)
     if function is None:
-        return None
+        return None, None
     routed = {name: call[source] for name, source in plan.routes if source in call}
     mask = routed.pop(_MASK, None)
     passed = {n: v for n, v in routed.items() if n not in (_POSITIONS, _CACHE)} if heads.forwards_keywords else {}
@@ -374,12 +378,19 @@ def _attend(
     keywords = {**heads.keywords(attention), **passed}
     # Its randomness could not be repeated, and gradients of tensors among the keywords would be lost.
     if keywords.get("dropout") or any(isinstance(v, torch.Tensor) and v.requires_grad for v in keywords.values()):
-        return None
+        return None, None
+    over = None
+    if isinstance(mask, Divided):
+        # The node exchanges by itself, so that it can keep and recompute what comes of it.
+        mask, over = mask.documents, mask.group
+        keywords = {name: value for name, value in keywords.items() if name not in PACKING}
+        if any(isinstance(value, torch.Tensor) for value in keywords.values()):
+            return None, None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return function(attention, q, k, v, mask, **keywords)[0]
 
-    return attend
+    return attend, over
 
 
 def checkpoints_itself(cls: type) -> bool:

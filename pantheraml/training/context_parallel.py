@@ -1,0 +1,239 @@
+"""A trainer whose sequences are divided over ranks: what it refuses, its batches, and its loss.
+
+Each rank computes the loss of its tokens, divided by the number of those of all ranks, so that gradients averaged over
+all ranks, by DDP or FSDP, are those of one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+
+from .. import log
+from ..device import get_device
+from ..errors import ConflictError, UnsupportedError
+from ..models.attention import NAME
+from ..models.checkpointing import inner_model
+from ..models.fused_head import fused_head_of
+from ..parallel.batches import IGNORED, shared
+from ..parallel.context import DIVISION, ContextGroup, DividingCollator, context_group, divide, dividing
+from ..parallel.ranks import get_world_size
+from .deferred import sft_trainer
+from .isolation import evaluating, tolerance
+from .ranks import change_loader, context_size
+
+_INSTALLED = "_pantheraml_context"
+_LOADERS = ("train", "eval", "test")
+# Attention that looks at what documents and windows tell, and nothing else.
+_KINDS = frozenset({"full_attention", "sliding_attention"})
+# Rotations that depend on the longest sequence of a batch, which a share of it does not tell.
+_ROTATIONS = frozenset({"dynamic", "longrope"})
+# Tokens of each rank in the check.
+_SHARE = 8
+
+
+def settle(trainer: Any, arguments: dict[str, Any]) -> None:
+    """Before the construction: refuse what is not right, or cannot be known to be right, when sequences are divided.
+
+    Args:
+        trainer: The instance that is about to be constructed.
+        arguments: Its keyword arguments.
+
+    Raises:
+        ConfigError: the ranks cannot be divided into groups.
+        ConflictError: an option does not go with it.
+        UnsupportedError: the model, the trainer or the data cannot be divided.
+    """
+    args = arguments["args"]
+    size = context_size(args)
+    if size == 1:
+        return
+    where = f"context_parallel={size}"
+    ranks = get_world_size()
+    if ranks == 1:
+        raise ConflictError(
+            "sequences are divided over the processes of a launch, and this is a single process",
+            where=where,
+            hint=f"start with torchrun --nproc_per_node={size}, or leave context_parallel out",
+        )
+    obstacle = _obstacle_of_model(arguments["model"], size) or next(_obstacles(trainer, arguments), None)
+    if obstacle is not None:
+        raise UnsupportedError(
+            "sequences cannot be divided over ranks here",
+            where=where,
+            why=obstacle,
+            hint="leave context_parallel out; fsdp=True and use_gradient_checkpointing='offload' make room too",
+        )
+    context_group(size)
+    log.once(f"each sequence is shared by {size} of the {ranks} processes", key="context")
+
+
+def _obstacle_of_model(model: Any, size: int) -> str | None:
+    inner = inner_model(model)
+    config: Any = inner.config
+    kind = type(inner).__name__
+    if get_device().type == "xla":
+        return "TPU cores have no exchange of this kind"
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        return f"{kind} takes more than one sequence of text"
+    if config._attn_implementation != NAME:
+        return f"the model was loaded with attn_implementation={config._attn_implementation!r}"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
+    if kinds or getattr(config, "attention_chunk_size", None):
+        return f"{kind} has layers of {', '.join(sorted(kinds)) or 'chunked attention'}"
+    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
+        return f"{kind} counts positions by itself"
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") in _ROTATIONS:
+            return f"the angles of {rope['rope_type']} positions depend on the longest sequence of a batch"
+    if config.num_attention_heads % size:
+        return f"the number of attention heads, {config.num_attention_heads}, is not a multiple of {size}"
+    if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
+        return "tokens are put before each sequence (prompt learning)"
+    return None
+
+
+def _obstacles(trainer: Any, arguments: dict[str, Any]) -> Iterator[str]:
+    args = arguments["args"]
+    if sft_trainer(trainer) is None:
+        yield f"{type(trainer).__name__} is no SFTTrainer, whose loss is a sum over tokens"
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if arguments.get(name) is not None:
+            yield f"{name} wants the whole sequences"
+    if args.label_smoothing_factor:
+        yield "label_smoothing_factor wants the logits of whole sequences"
+    if args.neftune_noise_alpha is not None:
+        yield "the noise of NEFTune depends on the length of the rows"
+    if not args.average_tokens_across_devices:
+        yield "average_tokens_across_devices=False: each rank would weigh its tokens by itself"
+    if args.torch_compile:
+        yield "torch_compile=True: the exchange between ranks is not compiled"
+    configuration = args.accelerator_config
+    if configuration.split_batches or configuration.dispatch_batches:
+        yield "accelerator_config has split_batches or dispatch_batches"
+    for name in ("train_dataset", "eval_dataset"):
+        given = arguments.get(name)
+        if any(isinstance(part, IterableDataset) for part in (given.values() if isinstance(given, dict) else [given])):
+            yield f"{name} is a stream"
+
+
+def install(trainer: Any) -> None:
+    """After the construction: give the ranks of a group the same rows, and each its share of their tokens.
+
+    Raises:
+        UnsupportedError: the trainer's loss is not the sum over tokens.
+    """
+    size = context_size(trainer.args)
+    if size == 1:
+        return
+    group = context_group(size)
+    balanced = getattr(trainer, "aux_loss_enabled", False)
+    if balanced or fused_head_of(inner_model(trainer.model)) is None:
+        raise UnsupportedError(
+            "the loss of this trainer cannot be divided over ranks",
+            where=f"context_parallel={size}",
+            why="the balance of the experts' load is not that of a share of the tokens"
+            if balanced
+            else "its output layer runs as TRL has it",
+            hint="pass router_aux_loss_coef=0.0, or leave context_parallel out"
+            if balanced
+            else "leave context_parallel out",
+        )
+    vars(trainer)[_INSTALLED] = group
+    for name in _LOADERS:
+        change_loader(trainer, f"get_{name}_dataloader", functools.partial(_divided, group, training=name == "train"))
+    _divide_loss(trainer, group)
+
+
+def check_installed(trainer: Any) -> None:
+    """Before training: see that a division that was asked for is there.
+
+    Raises:
+        UnsupportedError: the model was not loaded by PantheraML.
+    """
+    size = context_size(trainer.args)
+    if size > 1 and _INSTALLED not in vars(trainer):
+        raise UnsupportedError(
+            "sequences of a model that PantheraML did not load cannot be divided over ranks",
+            where=f"context_parallel={size}",
+            hint="load it with FastLanguageModel.from_pretrained, or leave context_parallel out",
+        )
+
+
+def _divided(group: ContextGroup, loader: Any, *, training: bool) -> Any:
+    changed = shared(loader, get_world_size() // group.size, group.size, training=training)
+    changed.collate_fn = DividingCollator(changed.collate_fn, group)
+    return changed
+
+
+def _divide_loss(trainer: Any, group: ContextGroup) -> None:
+    original = trainer.compute_loss
+    checked = False
+
+    @functools.wraps(original)
+    def compute_loss(
+        model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        nonlocal checked
+        inputs = dict(inputs)
+        division = inputs.pop(DIVISION, None)
+        if division is None or return_outputs:
+            raise UnsupportedError(
+                "what several ranks share gives a loss, and no outputs"
+                if return_outputs
+                else "this batch is not divided over the ranks that share each sequence",
+                where=f"context_parallel={group.size}",
+                hint="call train() and evaluate(); the model itself takes whole sequences",
+            )
+        if not checked:
+            _check(trainer, group)
+            checked = True
+        alone = num_items_in_batch is None
+        if alone:
+            # Of an evaluation, whose batches are normalised one by one.
+            num_items_in_batch = group.sum((inputs["shift_labels"] != IGNORED).sum())
+        with dividing(group, division):
+            loss = original(model, inputs, num_items_in_batch=num_items_in_batch)
+        # The trainer scales the loss for gradients that are averaged over all ranks.
+        return group.sum(loss) / trainer.accelerator.num_processes if alone else loss
+
+    trainer.compute_loss = compute_loss
+
+
+def _check(trainer: Any, group: ContextGroup) -> None:
+    """Run two packed documents whole and divided: the outputs must be the same but for rounding.
+
+    Raises:
+        UnsupportedError: the model mixes tokens otherwise than by attention.
+    """
+    model: Any = trainer.model
+    length = _SHARE * group.size
+    first = length // 2 - 1
+    ids = torch.arange(length) * 7 % model.get_input_embeddings().num_embeddings
+    positions = torch.cat([torch.arange(first), torch.arange(length - first)])
+    batch = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None]}
+    share = divide(batch, group.rank, group.size)
+    names = ("input_ids", "position_ids")
+    device = get_device().torch_device
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
+    mixed = torch.autocast(device.type, dtype, enabled=bool(trainer.args.bf16 or trainer.args.fp16))
+    with evaluating(model), torch.no_grad(), mixed:
+        whole = model(**{name: batch[name].to(device) for name in names}, use_cache=False).logits
+        with dividing(group, share[DIVISION]):
+            divided = model(**{name: share[name].to(device) for name in names}, use_cache=False).logits
+    wanted = whole[:, group.rank * _SHARE : (group.rank + 1) * _SHARE].float()
+    moved = (divided.float() - wanted).abs().max() / wanted.abs().max()
+    agrees = bool(moved <= tolerance(trainer))
+    if not group.agree([agrees], least=True)[0]:
+        raise UnsupportedError(
+            f"{type(inner_model(model)).__name__} gives something else when its sequences are divided over ranks",
+            where=f"context_parallel={group.size}",
+            why=f"the outputs of two short documents differ by {float(moved):.3g} of the largest on this rank",
+            hint="leave context_parallel out; fsdp=True and use_gradient_checkpointing='offload' make room too",
+        )
