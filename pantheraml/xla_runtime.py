@@ -183,7 +183,25 @@ def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     Barriers keep the compiler from joining the recomputation with the forward, which would keep the activations.
     Dropout draws the same numbers both times. Reentrant: at least one positional argument must require a gradient.
     """
-    return _module("utils.checkpoint").checkpoint(function, *args, use_reentrant=True, preserve_rng_state=True)
+    status = _module("utils.checkpoint").chkpt_status
+
+    def run(*inputs: Any) -> Any:
+        global _recomputed
+        before, _recomputed = _recomputed, inputs[0] if status.in_chkpt_bwd else None
+        try:
+            return function(*inputs)
+        finally:
+            _recomputed = before
+
+    return _module("utils.checkpoint").checkpoint(run, *args, use_reentrant=True, preserve_rng_state=True)
+
+
+_recomputed: torch.Tensor | None = None
+
+
+def recomputed_input() -> torch.Tensor | None:
+    """First argument of the function that ``checkpoint`` runs again now; None outside the backward."""
+    return _recomputed
 
 
 def seed(value: int) -> None:
@@ -240,6 +258,23 @@ class Mesh:
             spmd = _module("distributed.spmd")
             spmd.clear_sharding(tensor)
             spmd.mark_sharding(tensor, self._mesh, spec)
+
+    def constrained(self, tensor: torch.Tensor, spec: Spec, *, after: torch.Tensor | None = None) -> torch.Tensor:
+        """The same values, divided so at this point of the program.
+
+        Args:
+            tensor: On the device, or what an operation makes that is noted and has not run.
+            spec: As for ``shard``.
+            after: What has to be there before. The values are then not those of an earlier call for the same tensor,
+                which would have to be kept until here, and do not come long before they are needed.
+        """
+        if device_count() == 1:
+            return tensor
+        copy = tensor.clone()
+        if after is not None:
+            _module("core.xla_model").optimization_barrier_([copy, after.detach().clone()])
+        _module("distributed.spmd").annotate_custom_sharding(copy, self._mesh, spec)
+        return copy
 
     def input_sharding(self, spec: Spec) -> Any:
         """How a loader divides batches; None on one device."""

@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import gc
 import math
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,12 @@ from ..errors import ConfigError, UnsupportedError
 FSDP, TENSOR = "fsdp", "tensor"
 # Kept with a parameter that is divided.
 _SPEC = "_pantheraml_spec"
+# Kept with a module whose weight is gathered in its forward.
+_MESH = "_pantheraml_mesh"
 # What adapters add to a model has one of these in its name.
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
 # Smaller matrices cost more in collectives than they save in memory.
-MIN_SHARD_ELEMENTS = 65536
+MIN_SHARD_ELEMENTS = 262144
 # Axis of a linear layer's weight that the tensor axis divides, by transformers' name of the style.
 _TENSOR_AXES = {"colwise": 0, "colwise_rep": 0, "colwise_gather_output": 0, "rowwise": 1, "rowwise_rep": 1}
 
@@ -46,7 +49,7 @@ class MultiTPUConfig:
             them all.
         length_buckets: Lengths in tokens that batches are padded to, each of which costs one compilation; None
             (default) is one length, that of the longest row.
-        min_shard_elements: Weights with fewer elements stay whole on each core, default 65536.
+        min_shard_elements: Weights with fewer elements stay whole on each core, default 262144.
 
     Raises:
         ConfigError: a value out of range.
@@ -340,7 +343,75 @@ def place(model: nn.Module) -> nn.Module:
         for kind, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[kind] = buffer.to(device)
+    _gather_in_forward(model, mesh)
     return model
+
+
+class _DividedLinear(torch.autograd.Function):
+    """A linear layer that puts its weight together along ``fsdp`` for each pass and keeps it for none.
+
+    Left to itself the compiler gathers a weight for the recomputation and once more for the gradient. Its own gradient
+    is summed into the parts that the devices keep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        mesh: xla_runtime.Mesh,
+        spec: xla_runtime.Spec,
+    ) -> torch.Tensor:
+        ctx.mesh, ctx.spec = mesh, spec
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight)
+        recomputed = xla_runtime.recomputed_input()
+        whole = _gathered(weight, mesh, spec, after=recomputed)
+        # A recomputed layer's backward follows at once.
+        ctx.whole = None if recomputed is None else whole
+        return nn.functional.linear(hidden, whole, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        rows = upstream[0].flatten(0, -2)
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            whole = ctx.whole
+            if whole is None:
+                whole = _gathered(weight, ctx.mesh, ctx.spec, after=upstream[0])
+            grad_hidden = upstream[0] @ whole
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.mesh.constrained(rows.t() @ hidden.flatten(0, -2), ctx.spec)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _gathered(
+    weight: torch.Tensor, mesh: xla_runtime.Mesh, spec: xla_runtime.Spec, *, after: torch.Tensor | None
+) -> torch.Tensor:
+    return mesh.constrained(weight, tuple(None if name == FSDP else name for name in spec), after=after)
+
+
+def _linear(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Forward of a linear layer whose weight is divided along ``fsdp``."""
+    mesh, spec = self.__dict__[_MESH], vars(self.weight).get(_SPEC)
+    if spec is None:  # Somebody gave the layer another weight.
+        return nn.functional.linear(hidden, self.weight, self.bias)
+    return _DividedLinear.apply(hidden, self.weight, self.bias, mesh, spec)
+
+
+def _gather_in_forward(model: nn.Module, mesh: xla_runtime.Mesh) -> None:
+    """Let the linear layers gather their weights, but for the head, whose vocabulary stays divided."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    kept = {id(module) for module in head.modules()} if head is not None else set()
+    for module in model.modules():
+        if type(module).forward is nn.Linear.forward and "forward" not in vars(module) and id(module) not in kept:
+            spec = vars(module.weight).get(_SPEC)
+            if spec is not None and FSDP in spec:
+                module.__dict__[_MESH] = mesh
+                module.__dict__["forward"] = types.MethodType(_linear, module)
 
 
 def _placed(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

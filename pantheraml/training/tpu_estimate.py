@@ -33,7 +33,10 @@ _GIB = 1024**3
 HBM = {"v5e": 16 * _GIB, "v6e": 32 * _GIB}
 # Chips of a slice -> how they stand.
 _GRIDS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+# The kind of a collective, and its channel: one that runs beside other work stands in several fusions.
+_COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?\bchannel_id=(\d+)"
+)
 # How the compiler says that a program does not fit, with what it needs at least.
 _TOO_LARGE = (
     re.compile(r"Used (?P<size>[\d.]+)(?P<unit>[KMG]) of [\d.]+[KMG] hbm"),
@@ -64,7 +67,7 @@ class TPUEstimate:
         needed: All of it, what is part of both once; at least this where the program does not fit.
         hbm: Memory of a chip.
         fits: Whether the compiler could place the program in the chip's memory.
-        collectives: How often each kind of communication occurs in the compiled program.
+        collectives: How many communications of each kind the compiled program has.
         trace_seconds: Time that noting the step took.
         compile_seconds: Time that compiling it took.
     """
@@ -415,7 +418,8 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     }
     needed = sum(sizes.values()) - 2 * sizes["updated"]
     text = built.hlo_modules()[0].to_string()
-    collectives = dict(sorted(collections.Counter(_COLLECTIVES.findall(text)).items()))
+    channels = sorted(set(_COLLECTIVES.findall(text)))
+    collectives = dict(collections.Counter(kind for kind, _ in channels))
     return sizes | {"placed": True, "needed": needed, "collectives": collectives, "seconds": seconds}
 
 

@@ -31,6 +31,8 @@ WIDTHS = {
     "num_key_value_heads": 8,
     "head_dim": 64,
 }
+# Of a layer's seven matrices, in two passes.
+GATHERS = 2 * 7
 # Weights of one layer: attention, MLP, two norms.
 LAYER = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192 + 2 * 2048
 
@@ -65,22 +67,24 @@ def test_a_lora_step_is_placed_on_eight_chips(two_layers, index, name, memory):
     frozen = estimate.parameters - estimate.trainable
     assert frozen == 128256 * 2048 + 2 * LAYER + 2048
     assert estimate.trainable == 2 * 16 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192))
-    # bf16 weights are divided; float32 adapters and their two moments are too small to be, but for some.
+    # bf16 weights are divided; float32 adapters and their two moments are too small to be.
     divided, states = 2 * frozen / 8, 3 * 4 * estimate.trainable
-    assert divided + states / 8 < estimate.arguments < divided + states + 2**20
+    assert divided + states < estimate.arguments < divided + states + 2**20
     # What the step updates takes its place, and nothing else comes out but a few numbers.
     assert 0 < estimate.updated <= estimate.outputs < estimate.updated + 2**16
-    assert states / 8 < estimate.updated < states + 2**16
-    # The weights of the vocabulary are gathered where they are used.
-    assert estimate.temporaries > 2 * 128256 * 2048
+    assert states <= estimate.updated < states + 2**16
+    # A row's logits in bf16 and float32.
+    assert estimate.temporaries > 6 * 1023 * 128256
     assert estimate.needed == (
         estimate.arguments + estimate.temporaries + estimate.outputs - estimate.updated + estimate.code
     )
     assert estimate.fits
     assert estimate.needed < estimate.hbm
-    # Weights are gathered at least once in the forward and once in the backward, and gradients are summed.
-    assert estimate.collectives["all-gather"] >= 2 * 2 * 7
-    assert estimate.collectives.get("all-reduce", 0) + estimate.collectives.get("reduce-scatter", 0) > 0
+    # The weights of two layers are gathered once in the forward and once for the backward, and beside them few numbers.
+    assert 2 * GATHERS <= estimate.collectives["all-gather"] <= 2 * GATHERS + 6
+    # Gradients are summed, all in a few calls; the head passes hidden states on, whatever the number of layers.
+    assert 0 < estimate.collectives["all-reduce"] + estimate.collectives.get("reduce-scatter", 0) <= 12
+    assert estimate.collectives.get("collective-permute", 0) <= 16
 
 
 def test_memory_grows_by_the_layers(two_layers, tmp_path, tiny_tokenizer):
@@ -91,7 +95,7 @@ def test_memory_grows_by_the_layers(two_layers, tmp_path, tiny_tokenizer):
     assert four.arguments - two.arguments == pytest.approx(grown, rel=0.01)
     # Layers are gathered one after another, and their activations computed again: each keeps its input.
     assert four.temporaries - two.temporaries < 2 * 2 * LAYER / 2
-    assert four.collectives["all-gather"] > two.collectives["all-gather"]
+    assert four.collectives == two.collectives | {"all-gather": two.collectives["all-gather"] + 2 * GATHERS}
 
 
 def test_one_chip_needs_no_communication(tiny_llama_dir):

@@ -78,7 +78,7 @@ def select(labels: torch.Tensor, plan: Plan) -> Selection:
 
 
 class Chunk(NamedTuple):
-    """One chunk: its rows among the selected ones, their hidden states and what came out."""
+    """One chunk: its rows among those of each part, their hidden states and what came out."""
 
     start: int
     stop: int
@@ -87,7 +87,20 @@ class Chunk(NamedTuple):
 
 
 class Head:
-    """Head projection of selected rows, a chunk at a time, with every gradient that the plan asks for."""
+    """Head projection of selected rows, a chunk at a time, with every gradient that the plan asks for.
+
+    Where rows are divided over devices, a chunk takes some rows of each ``part``: with neighbouring rows, those of few
+    devices would be sent to all the others.
+
+    Args:
+        hidden: [n, H].
+        weight: [V, H].
+        bias: [V] or None.
+        selection: The rows that count.
+        plan: What else is known.
+        size: Rows of a chunk in each part.
+        parts: Parts that the selected rows are divided into, of equal length.
+    """
 
     def __init__(
         self,
@@ -97,6 +110,7 @@ class Head:
         selection: Selection,
         plan: Plan,
         size: int,
+        parts: int = 1,
     ) -> None:
         self.hidden = hidden
         self.weight = weight.to(plan.dtype)
@@ -104,9 +118,24 @@ class Head:
         self.selection = selection
         self.plan = plan
         self.size = size
+        self.parts = parts
         self.hidden_gradient: torch.Tensor | None = None
         self.weight_gradient: torch.Tensor | None = None
         self.bias_gradient: torch.Tensor | None = None
+
+    def _rows(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of each part."""
+        if self.parts == 1:
+            return values[start:stop]
+        return values.unflatten(0, (self.parts, -1))[:, start:stop].flatten(0, 1)
+
+    def put(self, start: int, stop: int, values: torch.Tensor, total: torch.Tensor) -> None:
+        """Write a chunk's values to their rows of ``total``."""
+        if self.parts == 1:
+            total[start:stop] = values
+        else:
+            parted = values.unflatten(0, (self.parts, -1))
+            total.unflatten(0, (self.parts, -1))[:, start:stop] = parted
 
     def _project(self, rows: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
         out = None if buffer is None else buffer[: rows.shape[0]]
@@ -121,14 +150,16 @@ class Head:
             self.hidden_gradient = like.new_empty((self.selection.rows, width))
         if head and self.plan.need_weight:
             # Chunks add up in float32: in bfloat16 every addition would round the whole matrix again.
-            single = self.selection.rows <= self.size
+            single = self.selection.rows <= self.size * self.parts
             self.weight_gradient = like.new_zeros((vocabulary, width), dtype=like.dtype if single else wide)
         if head and self.plan.need_bias:
             self.bias_gradient = like.new_zeros((vocabulary,), dtype=wide)
 
     def _differentiate(self, start: int, stop: int, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        if self.hidden_gradient is not None:
+        if self.hidden_gradient is not None and self.parts == 1:
             torch.mm(gradient, self.weight, out=self.hidden_gradient[start:stop])
+        elif self.hidden_gradient is not None:
+            self.put(start, stop, gradient @ self.weight, self.hidden_gradient)
         if self.weight_gradient is not None:
             _add_product(self.weight_gradient, gradient.t(), rows)
         if self.bias_gradient is not None:
@@ -142,20 +173,22 @@ class Head:
         buffer = None
         if self.hidden.device.type != "xla":
             buffer = self.weight.new_empty((min(self.size, selection.rows), self.weight.shape[0]))
-        for start in range(0, selection.rows, self.size):
-            stop = min(start + self.size, selection.rows)
+        length = selection.rows // self.parts
+        for start in range(0, length, self.size):
+            stop = min(start + self.size, length)
             if selection.index is None:
-                rows = self.hidden[start:stop]
+                rows = self._rows(self.hidden, start, stop)
             else:
                 rows = self.hidden.index_select(0, selection.index[start:stop])
             rows = rows.to(plan.dtype)
             if selection.mask is not None:
                 # A row that does not count may hold anything, and zero times NaN is NaN.
-                rows = torch.where(selection.mask[start:stop].unsqueeze(1), rows, torch.zeros_like(rows))
+                counts = self._rows(selection.mask, start, stop).unsqueeze(1)
+                rows = torch.where(counts, rows, torch.zeros_like(rows))
             result = plan.rows(
                 self._project(rows, buffer),
-                selection.labels[start:stop],
-                coefficients[start:stop],
+                self._rows(selection.labels, start, stop),
+                self._rows(coefficients, start, stop),
                 plan.options,
                 gradient=gradient,
                 entropy=plan.entropy,

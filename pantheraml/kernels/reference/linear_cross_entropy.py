@@ -8,18 +8,20 @@ Logits are in the compute dtype (the matrix product's), everything after them is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from ... import xla_runtime
 from ...errors import ArgumentError, ConfigError, ConflictError, UnsupportedError
 from .head import Head, Plan, Selection, scaled, select
 from .rows import RowOptions, RowStep, accumulation_dtype, eager_rows
 
-# One chunk's logits in the compute dtype. On a GPU 2,048 rows of a 128 k vocabulary fill the matrix units.
-CHUNK_BYTES = {"cuda": 512 * 2**20, "xpu": 512 * 2**20, "xla": 1024 * 2**20}
+# One chunk's logits on a device, in the compute dtype. 2,048 rows of a 128 k vocabulary fill a GPU's matrix units.
+CHUNK_BYTES = {"cuda": 512 * 2**20, "xpu": 512 * 2**20, "xla": 256 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 128 * 2**20
 ROW_MULTIPLE = 128
 
@@ -63,8 +65,13 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: str, chun
 def _head(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, selection: Selection, plan: Plan
 ) -> Head:
-    size = chunk_rows(selection.rows, weight.shape[0], plan.dtype, hidden.device.type, plan.chunk_tokens)
-    return Head(hidden, weight, bias, selection, plan, size)
+    kind = hidden.device.type
+    # One process has the rows of all XLA devices.
+    parts = math.gcd(selection.rows, xla_runtime.device_count()) if kind == "xla" and not plan.compact else 1
+    size = chunk_rows(selection.rows // parts, weight.shape[0], plan.dtype, kind, plan.chunk_tokens)
+    if plan.chunk_tokens is not None:
+        size = max(1, size // parts)
+    return Head(hidden, weight, bias, selection, plan, size, parts)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = torch.zeros_like(weights)
             coefficients = weights * plan.gradient_factor
             for chunk in head.chunks(coefficients, hidden=plan.need_hidden, head=plan.trains_head):
-                losses[chunk.start : chunk.stop] = chunk.result.loss
+                head.put(chunk.start, chunk.stop, chunk.result.loss, losses)
             total = torch.dot(losses, weights)
             if num_items is not None:
                 denominator = num_items.to(device=hidden.device, dtype=wide)
@@ -141,11 +148,11 @@ class _LinearLogProbs(torch.autograd.Function):
             # With a frozen head, the gradient for an upstream of 1 is all the backward needs: it scales its rows.
             ahead = plan.need_hidden and not plan.trains_head
             for start, stop, _, result in head.chunks(coefficients, hidden=ahead, head=False):
-                log_probs[start:stop] = -result.loss
+                head.put(start, stop, -result.loss, log_probs)
                 if entropy is not None and result.entropy is not None:
-                    entropy[start:stop] = result.entropy
+                    head.put(start, stop, result.entropy, entropy)
                 if top1 is not None and result.is_top1 is not None:
-                    top1[start:stop] = result.is_top1
+                    head.put(start, stop, result.is_top1, top1)
             outputs = tuple(
                 None if values is None else selection.spread(selection.silence(values), hidden.shape[0])
                 for values in (log_probs, entropy, top1)
