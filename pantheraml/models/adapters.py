@@ -14,11 +14,12 @@ from torch import nn
 from .. import log
 from ..device import require
 from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError, unknown_arguments
+from ..parallel import parts
 from . import qat
 from .adapt import adapt
 from .checkpointing import check_mode, set_checkpointing
 from .inference import attach_generate, for_training
-from .methods import attach_methods
+from .methods import attach_methods, write_whole
 from .record import ModelRecord, attach_record, record_of
 from .targets import Scopes, Targets, adapted_modules, choose_layers, resolve_targets
 from .tokenizers import NEW_TOKENS_ATTRIBUTE, is_tied
@@ -94,7 +95,7 @@ def _lora_config_class() -> Any:
     return LoraConfig
 
 
-def _check_initialisation(request: AdapterRequest, quantization: str) -> tuple[Any, Any]:
+def _check_initialisation(request: AdapterRequest, quantization: str, *, divided: bool) -> tuple[Any, Any]:
     """Return ``init_lora_weights`` and ``loftq_config`` as PEFT takes them."""
     init, loftq = request.init_lora_weights, request.loftq_config or {}
     is_known = isinstance(init, bool) or init in _INITIALISATIONS or re.fullmatch(r"pissa_niter_\d+", str(init))
@@ -119,6 +120,13 @@ def _check_initialisation(request: AdapterRequest, quantization: str) -> tuple[A
             "weights, which this model holds in fp8",
             where="get_peft_model",
             hint="use plain LoRA, or load the model in 16 bit or with load_in_4bit=True",
+        )
+    if divided and (reads_base or init == "loftq"):
+        raise UnsupportedError(
+            f"{'use_dora=True' if request.extra.get('use_dora') else f'init_lora_weights={init!r}'} reads the base's "
+            "weights, of which each rank holds its part",
+            where="get_peft_model",
+            hint="use plain LoRA, or load the model without multi_gpu_config",
         )
     if init == "loftq":
         if quantization != "none":
@@ -205,7 +213,7 @@ def _check_experts(request: AdapterRequest, parameters: list[str]) -> None:
 def _lora_config(
     model: nn.Module, request: AdapterRequest, targets: Targets, saved: list[str] | None, quantization: str
 ) -> Any:
-    init, loftq = _check_initialisation(request, quantization)
+    init, loftq = _check_initialisation(request, quantization, divided=parts.in_parts(model))
     tying = request.ensure_weight_tying
     if saved and not tying and is_tied(model):
         log.once("embedding and head share their weight: they are trained as one (ensure_weight_tying)")
@@ -338,6 +346,8 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
         log.once("lora_dropout > 0 or bias: the fused LoRA kernels are off for these layers, training is slower")
     from peft import get_peft_model
 
+    # PEFT copies modules that are trained in full.
+    parts.gather([m for name, m in model.named_modules() if name.rpartition(".")[2] in (config.modules_to_save or ())])
     # With checkpointing on PEFT makes the embedding output require gradients, which only reentrant checkpointing needs.
     set_checkpointing(model, False)
     wrapped = get_peft_model(model, config)
@@ -408,6 +418,7 @@ def finish_adapter(model: Any, *, mode: bool | str) -> Any:
         mode: Activation checkpointing, as ``check_mode`` returns it.
     """
     base = model.get_base_model()
+    parts.gather([model], trained_only=True)
     upcast_trainable(model)
     record: ModelRecord | None = record_of(model)
     if record is not None:
@@ -418,6 +429,8 @@ def finish_adapter(model: Any, *, mode: bool | str) -> Any:
                 object.__setattr__(wrapper, name, getattr(base, name))
     adapt(model)
     attach_methods(model)
+    if parts.in_parts(model):
+        write_whole(model)
     attach_generate(model)
     for_training(model)
     if record is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from ..errors import (
     DeviceMemoryError,
     UnsupportedError,
 )
-from ..parallel.process_group import join_after_restart
+from ..parallel.config import MultiGPUConfig
+from ..parallel.parts import gather, in_parts
+from ..parallel.process_group import join_after_restart, setup_distributed_training
 from ..parallel.xla import place
-from . import qat, resolve
+from . import qat, resolve, stream
 from .adapt import adapt
 from .adapters import finish_adapter, seed_everything, upcast_trainable
 from .attention import check_request as check_attention_request
@@ -29,7 +31,7 @@ from .attention import register as register_attention
 from .checkpointing import check_mode, set_checkpointing
 from .context import check_max_seq_length, extend_context
 from .inference import attach_generate
-from .methods import attach_methods
+from .methods import attach_methods, write_whole
 from .quantize import (
     Flags,
     Quantization,
@@ -41,7 +43,14 @@ from .quantize import (
 from .record import ModelRecord, attach_record
 from .request import HUB_KEYWORDS, LoadRequest, check_options, dtype_argument, take_config_fields
 from .source import Hub, Source, check_source_weights, load_config, resolve_source
-from .tokenizers import grow_embeddings, has_tokenizer, load_tokenizer, prepare_tokenizer, text_tokenizer
+from .tokenizers import (
+    grow_embeddings,
+    has_tokenizer,
+    load_tokenizer,
+    prepare_tokenizer,
+    resize_embeddings,
+    text_tokenizer,
+)
 
 # Where multimodal checkpoints keep their text decoder, and where a text model looks for it.
 _TEXT_WEIGHTS = {
@@ -51,11 +60,15 @@ _TEXT_WEIGHTS = {
 }
 
 
-def _read_weights(auto: Any, source: Source, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _read_weights(
+    auto: Any, source: Source, options: dict[str, Any], *, in_shards: bool
+) -> tuple[nn.Module, dict[str, Any]]:
     """Read the weights, with the errors of the libraries below said plainly."""
     from safetensors import SafetensorError
 
     try:
+        if in_shards:
+            return stream.read(auto, source.base, options)
         return auto.from_pretrained(source.base, output_loading_info=True, **options)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
@@ -121,7 +134,7 @@ def _resize(model: nn.Module, size: int | None, tokenizer: Any) -> None:
             f"resize_model_vocab={size} is less than the {len(text_tokenizer(tokenizer))} tokens of the tokenizer",
             where="argument resize_model_vocab",
         )
-    model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
+    resize_embeddings(model, size)
 
 
 def _set_length(model: nn.Module, max_seq_length: int) -> None:
@@ -150,6 +163,16 @@ def _attach_adapter(model: Any, source: Source, hub: Hub) -> Any:
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     options = hub.options()
+    if in_parts(model):
+        assert source.adapter is not None
+        if source.adapter.get("use_dora"):
+            raise UnsupportedError(
+                "an adapter with use_dora reads the base's weights, of which each rank holds its part",
+                where=source.name,
+                hint="load it without multi_gpu_config",
+            )
+        saved = source.adapter.get("modules_to_save") or ()
+        gather([module for name, module in model.named_modules() if name.rpartition(".")[2] in saved])
     try:
         wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=True, **options)
         if getattr(wrapped.peft_config["default"], "modules_to_save", None) and model.dtype != torch.float32:
@@ -259,6 +282,12 @@ def _plan(request: LoadRequest, device: Device) -> _Plan:
     quantization = resolve_quantization(
         flags, name=source.base, config=config, given=given_quantization, dtype=dtype, device=device
     )
+    if request.in_shards and quantization.method not in ("none", "nf4", "fp4"):
+        raise UnsupportedError(
+            f"{source.base} in {quantization.method} cannot be loaded in shards",
+            where="argument multi_gpu_config",
+            hint="load it in 16 bits or with load_in_4bit=True, or leave multi_gpu_config out: every GPU holds a copy",
+        )
     placement = resolve.resolve_placement(
         device,
         device_map=request.device_map,
@@ -294,6 +323,28 @@ def _load_tokenizer(request: LoadRequest, plan: _Plan) -> Any:
     )
 
 
+def _settle_gpus(request: LoadRequest) -> LoadRequest:
+    """Join the launch as ``multi_gpu_config`` says, and let its fields stand for the loader's own arguments."""
+    config = request.multi_gpu_config
+    if config is None:
+        return request
+    if not isinstance(config, MultiGPUConfig):
+        raise ArgumentError(
+            f"multi_gpu_config must be a MultiGPUConfig, got {type(config).__name__}",
+            where="argument multi_gpu_config",
+            hint="from pantheraml import MultiGPUConfig",
+        )
+    setup_distributed_training(config)
+    changes: dict[str, Any] = {}
+    if config.strategy == "device_map" and request.use_multi_gpu is None:
+        changes["use_multi_gpu"] = True
+    if not config.auto_device_map:
+        changes["auto_device_map"] = False
+    if not config.use_gradient_checkpointing:
+        changes["use_gradient_checkpointing"] = False
+    return replace(request, **changes)
+
+
 def load(request: LoadRequest) -> tuple[Any, Any]:
     """Carry out one load.
 
@@ -307,6 +358,7 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         PantheraMLError: as ``FastLanguageModel.from_pretrained`` says.
     """
     join_after_restart()
+    request = _settle_gpus(request)
     device = get_device()
     register_attention()
     check_attention_request(request.extra.get("attn_implementation"), device)
@@ -317,7 +369,7 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
     if plan.classifies and request.random_state is not None:
         # The head starts at random.
         seed_everything(request.random_state)
-    model, info = _read_weights(plan.auto, source, plan.read_options(request))
+    model, info = _read_weights(plan.auto, source, plan.read_options(request), in_shards=request.in_shards)
     keep_weights_unpacked(model)
     if plan.quantization.fp8_compute:
         multiply_in_fp8(model)
@@ -345,10 +397,13 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         gradient_checkpointing=plan.mode,
         activation_memory_fraction=request.activation_memory_fraction,
         token=request.token,
+        multi_gpu_config=request.multi_gpu_config,
         load_kwargs=_reload_options(request, source, plan.model_options),
     )
     attach_record(model, record)
     attach_methods(model)
+    if request.in_shards:
+        write_whole(model)
     attach_generate(model)
     if request.full_finetuning:
         model.requires_grad_(True)
@@ -393,7 +448,8 @@ def _banner(model: Any, config: Any, record: ModelRecord, quantization: Quantiza
     if record.full_finetuning:
         parts.append("full fine-tuning")
     if env.world_size() > 1:
-        parts.append(f"{env.world_size()} processes")
+        told = "a shard in each of " if record.multi_gpu_config is not None and in_parts(model) else ""
+        parts.append(f"{told}{env.world_size()} processes")
     report = getattr(model, "adapt_report", None)
     if report is not None:
         parts.append(report.summary())

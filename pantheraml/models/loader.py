@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..parallel.config import MultiGPUConfig
 from . import adapters, inference
 from .context import DEFAULT_MAX_SEQ_LENGTH
 from .load import load
@@ -60,6 +61,7 @@ class FastLanguageModel:
         use_multi_gpu: bool | None = None,
         use_tpu: bool | None = None,
         tpu_cores: int = 8,
+        multi_gpu_config: MultiGPUConfig | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer, ready for ``get_peft_model``, training or generation.
@@ -114,6 +116,9 @@ class FastLanguageModel:
             use_multi_gpu: True spreads the model over all GPUs of this process, False keeps it on one.
             use_tpu: True insists on a TPU, False refuses one.
             tpu_cores: TPU cores expected.
+            multi_gpu_config: How several GPUs are used, for the load and the trainer of the model. With
+                ``strategy="fsdp"`` each rank of the launch keeps its part of the weights as they are read, so that no
+                GPU and no host ever holds the model; the model runs once a trainer has been made of it.
             **kwargs: ``quantization_config``, ``config``, ``num_labels``, ``id2label``, ``label2id``, ``problem_type``
                 (these give a sequence-classification model), ``attn_implementation``, ``cache_dir``,
                 ``local_files_only``, ``force_download``, ``subfolder``, ``variant``, ``gguf_file``, ``torch_dtype``,
@@ -281,6 +286,7 @@ class FastModel:
         use_multi_gpu: bool | None = None,
         use_tpu: bool | None = None,
         tpu_cores: int = 8,
+        multi_gpu_config: MultiGPUConfig | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Load a model and its tokenizer or processor; the arguments are those of ``FastLanguageModel`` and these.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..device import get_device
+from ..parallel.fsdp import whole
 
 # Method name -> "module:function". The function's first parameter is the model.
 MODEL_METHODS: dict[str, str] = {
@@ -24,6 +25,13 @@ MODEL_METHODS: dict[str, str] = {
     "save_lora": "pantheraml.save:save_lora",
     "fast_generate": "pantheraml.models.inference:fast_generate",
 }
+
+# Methods that write a model.
+_WRITERS = (
+    *("save_pretrained", "save_lora", "save_pretrained_merged", "save_pretrained_gguf"),
+    *("push_to_hub", "push_to_hub_merged", "push_to_hub_gguf"),
+)
+_WHOLE = "_pantheraml_writes_whole"
 
 XLA_METHODS = {"save_pretrained": "pantheraml.parallel.xla:save_pretrained"}
 
@@ -49,3 +57,22 @@ def attach_methods(model: Any) -> None:
     table = MODEL_METHODS | (XLA_METHODS if get_device().type == "xla" else {})
     for name, target in table.items():
         object.__setattr__(model, name, types.MethodType(_late(name, target), model))
+
+
+def write_whole(model: Any) -> None:
+    """Let the methods that write a model of shards gather it first. Every rank has to call them then."""
+    for name in _WRITERS:
+        method = getattr(model, name, None)
+        if method is not None and not hasattr(method, _WHOLE):
+            object.__setattr__(model, name, _gathering(model, name, method))
+
+
+def _gathering(model: Any, name: str, method: Any) -> Any:
+    @functools.wraps(method)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        adapters = hasattr(model, "peft_config") and name in ("save_pretrained", "save_lora")
+        with whole(model, trained_only=adapters) as here:
+            return method(*args, **kwargs) if here else None
+
+    setattr(write, _WHOLE, True)
+    return write

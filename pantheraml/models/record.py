@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..parallel.config import MultiGPUConfig
+
 _ATTRIBUTE = "_pantheraml_record"
 # Of the free device memory, what kept activations may fill where nothing else is said.
 FRACTION = 0.9
@@ -29,6 +31,7 @@ class ModelRecord:
         gradient_checkpointing: ``True``, ``False``, ``"unsloth"``, ``"pantheraml"``, ``"auto"`` or ``"offload"``.
         activation_memory_fraction: Share of the free device memory that kept activations may fill.
         token: Hub token given by the caller; kept out of ``repr`` so that it reaches no log.
+        multi_gpu_config: How several GPUs are used, or None where the loader was not told.
         load_kwargs: Keyword arguments that reload the same weights (``subfolder``, ``cache_dir``, ...).
     """
 
@@ -42,6 +45,7 @@ class ModelRecord:
     gradient_checkpointing: bool | str = "auto"
     activation_memory_fraction: float = FRACTION
     token: str | None = field(default=None, repr=False)
+    multi_gpu_config: MultiGPUConfig | None = None
     load_kwargs: dict[str, Any] = field(default_factory=dict)
 
 

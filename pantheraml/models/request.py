@@ -15,6 +15,7 @@ from ..errors import (
     UnsupportedError,
     unknown_arguments,
 )
+from ..parallel.config import MultiGPUConfig
 from . import safety
 from .activations import check_fraction
 from .context import DEFAULT_MAX_SEQ_LENGTH
@@ -85,6 +86,7 @@ class LoadRequest:
     use_multi_gpu: bool | None = None
     use_tpu: bool | None = None
     tpu_cores: int = 8
+    multi_gpu_config: MultiGPUConfig | None = None
     return_logits: bool = False
     fullgraph: bool = True
     auto_model: Any = None
@@ -98,6 +100,11 @@ class LoadRequest:
     unsloth_vllm_standby: bool = False
     activation_memory_fraction: float = FRACTION
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether each rank of the launch is to keep its part of the weights, instead of all of them."""
+        return self.multi_gpu_config is not None and self.multi_gpu_config.strategy == "fsdp"
 
 
 # Options that nothing here honours yet: (name, value that means "off", what to do instead).
@@ -160,6 +167,36 @@ def check_options(request: LoadRequest, device: Device) -> None:
             "weights_only=False would unpickle arbitrary objects", where="argument weights_only", hint="leave it out"
         )
     safety.check_attention(request.extra.get("attn_implementation"))
+    if request.in_shards:
+        _check_shards(request, device)
+
+
+def _check_shards(request: LoadRequest, device: Device) -> None:
+    """Refuse what does not go with loading in shards."""
+    where = "argument multi_gpu_config"
+    if device.type == "xla":
+        raise UnsupportedError(
+            "strategy='fsdp' is for GPUs and CPUs", where=where, hint="a TPU's cores share a model by themselves"
+        )
+    if request.device_map not in (None, "sequential"):
+        raise ConflictError(
+            f"strategy='fsdp' and device_map={request.device_map!r} contradict each other",
+            where=where,
+            why="each rank keeps its part of the weights on its own device",
+            hint="leave device_map out",
+        )
+    for name, is_given in (
+        ("gguf_file", request.extra.get("gguf_file") is not None),
+        ("use_safetensors=False", request.extra.get("use_safetensors") is False),
+        ("load_in_8bit", request.load_in_8bit),
+        ("qat_scheme", request.qat_scheme is not None),
+    ):
+        if is_given:
+            raise UnsupportedError(
+                f"{name} does not work with strategy='fsdp' of the loader",
+                where=where,
+                hint="load safetensors in 16 bits or with load_in_4bit=True, or leave multi_gpu_config to the trainer",
+            )
 
 
 def dtype_argument(dtype: Any, torch_dtype: Any) -> torch.dtype | None:

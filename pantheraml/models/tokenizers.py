@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import (
     MissingDependencyError,
     ModelNotFoundError,
 )
+from ..parallel import parts
 from .source import Hub, find_file, local_folder
 
 # Tokens that exist for padding, by their usual spellings, then those that a vocabulary keeps in reserve, then those
@@ -175,8 +177,32 @@ def grow_embeddings(model: nn.Module, size: int) -> bool:
     """
     if model.get_input_embeddings().weight.shape[0] >= size:  # type: ignore[operator]
         return False
-    model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
+    resize_embeddings(model, size)
     return True
+
+
+def resize_embeddings(model: nn.Module, size: int) -> None:
+    """Give the embedding (and head) ``size`` rows."""
+    with _whole_embeddings(model):
+        model.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _whole_embeddings(model: nn.Module) -> Iterator[None]:
+    """Inside, embedding and head are whole, where they were loaded in shards. Every rank has to enter."""
+
+    def modules() -> list[nn.Module]:
+        both = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        return [module for module in both if module is not None]
+
+    if not any(parts.in_parts(module) for module in modules()):
+        yield
+        return
+    parts.gather(modules())
+    yield
+    own = {id(parameter) for module in modules() for parameter in module.parameters()}
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
+    parts.divide(model, names, parts.mesh())
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -243,7 +269,9 @@ def repair_padding(model: nn.Module | None, tokenizer: Any) -> str | None:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         if not is_tied(model) and tokenizer.pad_token_id not in in_use and not weight.is_meta:
             with torch.no_grad():
-                weight[tokenizer.pad_token_id].zero_()
+                row = parts.row_of(weight, tokenizer.pad_token_id)
+                if row is not None:
+                    row.zero_()
     return chosen
 
 
@@ -351,6 +379,23 @@ def add_new_tokens(
     pieces = [inner(token, add_special_tokens=False)["input_ids"] for token in fresh]
     before = len(inner)
     inner.add_tokens(fresh)
+    with _whole_embeddings(model):
+        _start_rows(model, inner, fresh, pieces, before, method, interpolation)
+    object.__setattr__(model, NEW_TOKENS_ATTRIBUTE, len(fresh))
+    log.info(f"{len(fresh)} tokens added; get_peft_model will train embed_tokens and lm_head in full")
+    return len(fresh)
+
+
+def _start_rows(
+    model: nn.Module,
+    inner: Any,
+    fresh: list[str],
+    pieces: list[list[int]],
+    before: int,
+    method: str,
+    interpolation: float,
+) -> None:
+    """Add the rows of ``fresh`` tokens, and start them as ``add_new_tokens`` says."""
     tied = is_tied(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     means = [_trained_rows(model.get_input_embeddings().weight.data, before).mean(dim=0)]  # type: ignore[operator]
@@ -366,6 +411,3 @@ def add_new_tokens(
             if method == "interpolation" and old_pieces:
                 row = (1.0 - interpolation) * mean + interpolation * weight[old_pieces].float().mean(dim=0)
             weight[inner.convert_tokens_to_ids(token)] = row.to(weight)
-    object.__setattr__(model, NEW_TOKENS_ATTRIBUTE, len(fresh))
-    log.info(f"{len(fresh)} tokens added; get_peft_model will train embed_tokens and lm_head in full")
-    return len(fresh)

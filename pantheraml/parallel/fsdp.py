@@ -22,13 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
+from .parts import FOUR_BIT, STATE, allow_use, gather, in_parts, store_four_bit_plainly
 from .process_group import meet
 from .ranks import get_rank, get_world_size
 
-_STATE = "quant_state"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What bitsandbytes keeps on a 4-bit parameter besides its state.
-_DESCRIPTION = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "module")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,6 +46,8 @@ def shard(
 ) -> None:
     """Shard a model over the ranks, in place. Every rank has to call it with the same weights.
 
+    A model that was loaded in parts becomes whole a unit at a time.
+
     Args:
         model: The outermost module, the one that will be called.
         layers: Its decoder layers, each of which becomes a unit; the embedding becomes one, and the rest.
@@ -63,7 +63,7 @@ def shard(
         UnsupportedError: a weight has a form that cannot be sharded.
     """
     _check(model)
-    _store_four_bit_plainly(model)
+    store_four_bit_plainly(model)
     options: dict[str, Any] = {
         "mesh": _mesh(shard_size or get_world_size()),
         # Gradients of 16-bit weights are summed over the ranks in float32.
@@ -71,12 +71,16 @@ def shard(
         **({} if offload is None else {"offload_policy": offload}),
     }
     for layer in layers:
+        gather([layer])
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and head.weight is embedding.weight
     if not tied and type(embedding) is nn.Embedding and embedding._parameters:
+        gather([embedding])
         fully_shard(embedding, reshard_after_forward=reshard_after_forward, **options)
+    gather([model])
     fully_shard(model, **options)
+    allow_use(model)
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
 
@@ -100,27 +104,13 @@ def _check(model: nn.Module) -> None:
         if isinstance(parameter, DTensor) or parameter.is_meta:
             continue
         kind = type(parameter)
-        four_bit = getattr(parameter, _STATE, None) is not None
+        four_bit = getattr(parameter, STATE, None) is not None
         if not four_bit and (kind is not nn.Parameter or parameter.dtype not in _FLOATS):
             raise UnsupportedError(
                 f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, which cannot be sharded",
                 where=kind.__name__,
                 hint="load in 16 bits or with load_in_4bit=True, or let every GPU hold a copy: strategy='ddp'",
             )
-
-
-def _store_four_bit_plainly(model: nn.Module) -> None:
-    """Move the description of every 4-bit weight from the parameter, which FSDP replaces, to its layer."""
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        state = getattr(weight, _STATE, None)
-        if weight is None or state is None:
-            continue
-        module.__dict__[_STATE] = state
-        module.__dict__["_pantheraml_four_bit"] = type(weight), {n: getattr(weight, n, None) for n in _DESCRIPTION}
-        # In evaluation bitsandbytes would rearrange the bytes for this CPU, in place.
-        module.__dict__["support_avx512bf16_for_cpu"] = False
-        module._parameters["weight"] = nn.Parameter(weight.data, requires_grad=False)
 
 
 # ---------------------------------------------------------------- whole again
@@ -134,19 +124,17 @@ def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
     model that is not sharded is left alone, and no rank waits.
 
     Args:
-        model: What ``shard`` was given.
+        model: What ``shard`` was given, or a model in parts.
         trained_only: Whether only the weights that train are gathered; the others stay shards, which nothing inside
             may read.
 
     Yields:
         Whether this rank has the whole model.
     """
-    if not is_sharded(model):
+    if not is_sharded(model) and not in_parts(model):
         yield True
         return
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.reshard()
+    units = reshard(model)
     host: dict[int, nn.Parameter] = {}
     for parameter in list(model.parameters()):
         if isinstance(parameter, DTensor) and (parameter.requires_grad or not trained_only):
@@ -161,6 +149,14 @@ def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
             yield False
     finally:
         meet()
+
+
+def reshard(model: nn.Module) -> list[Any]:
+    """Free the gathered weights of every unit, and return the units; evaluation leaves those of the outermost."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    return units
 
 
 def _gathered(parameter: DTensor) -> torch.Tensor:
@@ -192,12 +188,12 @@ def _ordinary(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     put(module._buffers, name, buffer.to("cpu"))
-        if with_buffers and "_pantheraml_four_bit" in state and state.get(_STATE) is not None:
-            moved = _to_host(state[_STATE])
-            put(state, _STATE, moved)
-            kind, described = state["_pantheraml_four_bit"]
+        if with_buffers and FOUR_BIT in state and state.get(STATE) is not None:
+            moved = _to_host(state[STATE])
+            put(state, STATE, moved)
+            kind, described = state[FOUR_BIT]
             stored: Any = module._parameters["weight"]
-            put(module._parameters, "weight", kind(stored.data, requires_grad=False, **{_STATE: moved, **described}))
+            put(module._parameters, "weight", kind(stored.data, requires_grad=False, **{STATE: moved, **described}))
     for unit in units:
         sharded = unit.__class__
 

@@ -60,6 +60,8 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
     record = record_of(model)
     assert record is not None
     explicit = explicit_names(args)
+    if record.multi_gpu_config is not None and not hasattr(trainer, "multi_gpu_config"):
+        ranks.apply_config(args, record.multi_gpu_config)
     ranks.settle(args, model, explicit)
     context_parallel.settle(trainer, arguments)
     with _quiet_when_piped(), ranks.preparing(arguments) as turn:
@@ -81,7 +83,7 @@ def before_init(
     model, args = arguments["model"], arguments["args"]
     apply_defaults(args, model, record, explicit)
     tpu.settle(trainer, args, record, explicit)
-    sharded.settle(args, record, explicit)
+    sharded.settle(args, model, record, explicit)
     # TRL reports each construction over the network.
     vars(trainer)["_send_telemetry"] = lambda: None
     tokenizer = getattr(arguments.get("processing_class"), "tokenizer", arguments.get("processing_class"))
@@ -123,6 +125,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
         )
     if not hasattr(trainer, "tokenizer"):
         trainer.tokenizer = trainer.processing_class
+    sharded.install(trainer, record)
     on_xla = get_device().type == "xla"
     if not on_xla and getattr(trainer, "padding_free", False) and hasattr(trainer, "data_collator"):
         check_isolation(trainer)
@@ -133,7 +136,6 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     isolate_loggers(trainer)
     ranks.complete(trainer)
     context_parallel.install(trainer)
-    sharded.install(trainer, record)
     optimizers.install(trainer)
     figures = defer_figures(trainer)
     watch = StepWatch(trainer)

@@ -6,15 +6,17 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from .. import log
 from ..device import get_device, get_gpu_memory_stats
 from ..errors import ConflictError
+from ..models.record import record_of
 from ..parallel.config import MultiGPUConfig
+from ..parallel.parts import in_parts
 from ..parallel.process_group import check_count, gather_objects, setup_distributed_training
 from ..parallel.ranks import get_rank
-from . import sharded
-from .ranks import context_size, devices_of
+from . import ranks
 from .trainer import PantheraMLTrainer, PantheraMLTrainingArguments
 
 _GIB = 1024**3
@@ -29,7 +31,7 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
 
     Args:
         *args: As for ``trl.SFTTrainer``.
-        multi_gpu_config: How several GPUs are used, default ``MultiGPUConfig()``.
+        multi_gpu_config: How several GPUs are used, default what the model was loaded with, else ``MultiGPUConfig()``.
         auto_setup_distributed: Whether to join the process group of the launch here, default True.
         **kwargs: As for ``trl.SFTTrainer``, and the older keywords that ``PantheraMLTrainer`` takes.
 
@@ -45,17 +47,19 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
         auto_setup_distributed: bool = True,
         **kwargs: Any,
     ) -> None:
-        config = multi_gpu_config or MultiGPUConfig()
+        model = args[0] if args else kwargs.get("model")
+        record = record_of(model)
+        loaded = None if record is None else record.multi_gpu_config
+        config = multi_gpu_config or loaded or MultiGPUConfig()
         if auto_setup_distributed:
             setup_distributed_training(config)
         else:
             check_count(config)
         self.multi_gpu_config = config
-        model = args[0] if args else kwargs.get("model")
         _check_model(model, config)
         if len(args) < 2 and kwargs.get("args") is None:
             kwargs["args"] = PantheraMLTrainingArguments()
-        _apply(args[1] if len(args) > 1 else kwargs["args"], config)
+        ranks.apply_config(args[1] if len(args) > 1 else kwargs["args"], config)
         super().__init__(*args, **kwargs)
 
     def get_model_memory_usage(self) -> dict[str, dict[str, float]]:
@@ -83,7 +87,7 @@ class PantheraMLDistributedTrainer(PantheraMLTrainer):
 
 
 def _check_model(model: Any, config: MultiGPUConfig) -> None:
-    spread = devices_of(model) if model is not None else 1
+    spread = ranks.devices_of(model) if model is not None else 1
     if spread > 1 and (not config.auto_device_map or config.strategy in ("ddp", "fsdp")):
         raise ConflictError(
             f"the model is spread over {spread} devices, and the config wants it on one",
@@ -96,33 +100,11 @@ def _check_model(model: Any, config: MultiGPUConfig) -> None:
             where="MultiGPUConfig",
             hint="load it with device_map='balanced'",
         )
-
-
-def _apply(args: Any, config: MultiGPUConfig) -> None:
-    """Write what the config says into the training arguments."""
-    if config.find_unused_parameters:
-        if args.ddp_find_unused_parameters is False:
-            raise ConflictError(
-                "find_unused_parameters=True, and ddp_find_unused_parameters=False in the arguments",
-                where="MultiGPUConfig",
-                hint="leave one out",
-            )
-        args.ddp_find_unused_parameters = True
-    if config.context_parallel > 1:
-        if context_size(args) not in (1, config.context_parallel):
-            raise ConflictError(
-                f"context_parallel={config.context_parallel}, and {context_size(args)} in the arguments",
-                where="MultiGPUConfig",
-                hint="leave one out",
-            )
-        args.context_parallel = config.context_parallel
-    if not config.use_gradient_checkpointing:
-        args.gradient_checkpointing = False
-    if config.strategy == "fsdp":
-        sharded.configure(args, config.shard_size)
-    elif config.strategy == "ddp" and args.fsdp:
+    if config.strategy in ("ddp", "device_map") and isinstance(model, nn.Module) and in_parts(model):
         raise ConflictError(
-            "strategy='ddp', and the training arguments have fsdp", where="MultiGPUConfig", hint="leave one out"
+            f"strategy={config.strategy!r}, and the model was loaded in shards",
+            where="MultiGPUConfig",
+            hint="give the trainer strategy='fsdp' or no config at all, or load the model without multi_gpu_config",
         )
 
 

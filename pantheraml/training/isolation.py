@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from ..models.roles import looks_like_experts
+from ..parallel.fsdp import is_sharded
 
 _LENGTH = 6
 
@@ -66,8 +67,10 @@ def tolerance(trainer: Any) -> float:
 
 
 def is_measurable(model: nn.Module) -> bool:
-    """Whether the model can run now: sharded weights cannot before training starts."""
-    return all(parameter.numel() and not hasattr(parameter, "placements") for parameter in model.parameters())
+    """Whether the model can run now: a trainer may hold the weights in another form until it trains."""
+    return is_sharded(model) or all(
+        parameter.numel() and not hasattr(parameter, "placements") for parameter in model.parameters()
+    )
 
 
 def _documents(trainer: Any) -> tuple[list[int], list[int], list[int]]:

@@ -17,9 +17,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import env, log
 from ..errors import ConflictError, UnsupportedError
 from ..parallel.batches import evened
+from ..parallel.config import MultiGPUConfig
 from ..parallel.ddp import ddp_options
 from ..parallel.first import patient
 from ..parallel.process_group import launch_hint, leave_at_exit
+from . import sharded
 
 _DATASETS = ("train_dataset", "eval_dataset")
 
@@ -78,6 +80,38 @@ def _refuse_dimensions(args: Any) -> None:
                 where=f"{type(args).__name__}(parallelism_config=...)",
                 hint="fsdp=True shards a model that is too large; context_parallel=2 divides long sequences",
             )
+
+
+def apply_config(args: Any, config: MultiGPUConfig) -> None:
+    """Write what a config says into the training arguments.
+
+    Raises:
+        ConflictError: the arguments say something else.
+    """
+    if config.find_unused_parameters:
+        if args.ddp_find_unused_parameters is False:
+            raise ConflictError(
+                "find_unused_parameters=True, and ddp_find_unused_parameters=False in the arguments",
+                where="MultiGPUConfig",
+                hint="leave one out",
+            )
+        args.ddp_find_unused_parameters = True
+    if config.context_parallel > 1:
+        if context_size(args) not in (1, config.context_parallel):
+            raise ConflictError(
+                f"context_parallel={config.context_parallel}, and {context_size(args)} in the arguments",
+                where="MultiGPUConfig",
+                hint="leave one out",
+            )
+        args.context_parallel = config.context_parallel
+    if not config.use_gradient_checkpointing:
+        args.gradient_checkpointing = False
+    if config.strategy == "fsdp":
+        sharded.configure(args, config.shard_size)
+    elif config.strategy == "ddp" and args.fsdp:
+        raise ConflictError(
+            "strategy='ddp', and the training arguments have fsdp", where="MultiGPUConfig", hint="leave one out"
+        )
 
 
 @contextlib.contextmanager

@@ -21,17 +21,14 @@ from .. import log
 from ..device import get_device
 from ..errors import ConflictError, UnsupportedError
 from ..models.activations import decoder_layers
+from ..models.methods import write_whole
 from ..models.record import ModelRecord
-from ..parallel.fsdp import is_sharded, shard, whole
+from ..parallel.fsdp import is_sharded, reshard, shard, whole
+from ..parallel.parts import in_parts
 from ..parallel.ranks import get_world_size
 
 # Optimizers whose kernels read a parameter's memory and know no shards.
 _UNSHARDED_OPTIMIZERS = ("8bit", "4bit", "paged", "bnb", "galore", "apollo", "lomo", "muon")
-# Methods of a model that write it.
-_WRITERS = (
-    *("save_pretrained", "save_lora", "save_pretrained_merged", "save_pretrained_gguf"),
-    *("push_to_hub", "push_to_hub_merged", "push_to_hub_gguf"),
-)
 
 
 def configure(args: Any, shard_size: int | None = None) -> None:
@@ -49,13 +46,15 @@ def configure(args: Any, shard_size: int | None = None) -> None:
         args.fsdp_config["shard_size"] = shard_size
 
 
-def settle(args: Any, record: ModelRecord, explicit: frozenset[str]) -> None:
-    """Settle the options of a sharded run before the trainer is constructed.
+def settle(args: Any, model: nn.Module, record: ModelRecord, explicit: frozenset[str]) -> None:
+    """Settle the options of a sharded run before the trainer is constructed; a model in shards makes it one.
 
     Raises:
         ConflictError: an option that the user chose does not go with sharding.
         UnsupportedError: the model cannot be sharded.
     """
+    if in_parts(model):
+        configure(args)
     if not getattr(args, "fsdp", None) or args.world_size == 1:
         return
     where = type(args).__name__
@@ -88,6 +87,8 @@ def settle(args: Any, record: ModelRecord, explicit: frozenset[str]) -> None:
 def install(trainer: Any, record: ModelRecord) -> None:
     """Let a constructed trainer shard its model when it first trains or evaluates, and save it whole.
 
+    A model that was loaded in shards, which cannot run as it is, is sharded here.
+
     Args:
         trainer: A trainer of one of our models.
         record: The model's record.
@@ -116,6 +117,8 @@ def install(trainer: Any, record: ModelRecord) -> None:
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     _prepare_sharded(trainer)
     _save_whole(trainer)
+    if in_parts(trainer.model):
+        apply(trainer)
 
 
 def _enable_on_cpu(trainer: Any) -> None:
@@ -128,7 +131,10 @@ def _enable_on_cpu(trainer: Any) -> None:
 
 def apply(trainer: Any) -> None:
     """Shard the trainer's model unless that was done; void for one that is not to be sharded."""
-    if not getattr(trainer, "is_fsdp_enabled", False) or is_sharded(trainer.model):
+    if not getattr(trainer, "is_fsdp_enabled", False):
+        return
+    if is_sharded(trainer.model):
+        reshard(trainer.model)  # optimizers are made of the shards
         return
     model, plugin = trainer.model, trainer.accelerator.state.fsdp_plugin
     device = get_device()
@@ -147,7 +153,7 @@ def apply(trainer: Any) -> None:
         offload=offload,
         shard_size=(trainer.args.fsdp_config or {}).get("shard_size"),
     )
-    _write_whole(model)
+    write_whole(model)
     log.once(f"the model is sharded over {get_world_size()} ranks", key="sharded")
 
 
@@ -198,21 +204,3 @@ def _save_whole(trainer: Any) -> None:
                 original_save(output_dir)
 
     trainer.save_model = save_model
-
-
-def _write_whole(model: Any) -> None:
-    """The model's own methods of saving gather it first. Every rank has to call them."""
-    for name in _WRITERS:
-        method = getattr(model, name, None)
-        if method is not None:
-            object.__setattr__(model, name, _gathering(model, name, method))
-
-
-def _gathering(model: Any, name: str, method: Any) -> Any:
-    @functools.wraps(method)
-    def write(*args: Any, **kwargs: Any) -> Any:
-        adapters = isinstance(model, PeftModel) and name in ("save_pretrained", "save_lora")
-        with whole(model, trained_only=adapters) as here:
-            return method(*args, **kwargs) if here else None
-
-    return write

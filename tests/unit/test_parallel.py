@@ -320,13 +320,15 @@ SHARDED = {"world_size": 2, "fsdp": True, "optim": "adamw_torch", "fsdp_config":
 def test_what_does_not_go_with_sharding_raises(options, quantization, explicit, error, told):
     record = SimpleNamespace(quantization=quantization)
     with pytest.raises(error, match=told):
-        sharded.settle(SimpleNamespace(**SHARDED | options), record, frozenset(explicit))
-    sharded.settle(SimpleNamespace(**SHARDED | options | {"fsdp": None}), record, frozenset(explicit))
+        sharded.settle(SimpleNamespace(**SHARDED | options), torch.nn.Linear(1, 1), record, frozenset(explicit))
+    sharded.settle(
+        SimpleNamespace(**SHARDED | options | {"fsdp": None}), torch.nn.Linear(1, 1), record, frozenset(explicit)
+    )
 
 
 def test_the_default_optimizer_of_a_sharded_run_has_sharded_state():
     args = SimpleNamespace(**SHARDED | {"optim": "adamw_8bit"})
-    sharded.settle(args, SimpleNamespace(quantization="nf4"), frozenset())
+    sharded.settle(args, torch.nn.Linear(1, 1), SimpleNamespace(quantization="nf4"), frozenset())
     assert args.optim.value == ("adamw_torch_fused" if get_device().is_gpu else "adamw_torch")
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ... import log
 from ...device import Device, get_device
 from ...errors import UnsupportedError
+from ...parallel.parts import in_parts
 from ..probe import FOREIGN_ERRORS
 from . import table, xla
 from .documents import whole_rows
@@ -112,6 +113,12 @@ def _features_of_eager(model: Any) -> dict[str, bool] | None:
     get the same numbers.
     """
     if model._supports_sdpa or not model._supports_attention_backend:
+        return None
+    if in_parts(model):
+        log.once(
+            f"attention: eager, since {type(model).__name__} in shards cannot be measured; "
+            f"attn_implementation={NAME!r} insists on the fused one"
+        )
         return None
     if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
         return None
