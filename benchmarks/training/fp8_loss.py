@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default all")
+    parser.add_argument("--at-once", type=int, default=1, help="ways that train on the GPU at the same time, default 1")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model and few steps, on a CPU too")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -217,14 +219,20 @@ def main() -> int:
     now = datetime.datetime.now(datetime.UTC).date().isoformat()
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for way in ("", *options.ways):
+
+        def losses_of(way: str) -> list[float]:
             command = [sys.executable, __file__, *sys.argv[1:], "--model", folder, "--way", way]
-            found = run.measure(command, 600, Path(folder) / "log.txt")
+            log = Path(folder) / f"log-{way}.txt"
+            found = run.measure(command, 900, log)
             if isinstance(found, dict):
-                print((Path(folder) / "log.txt").read_text()[-3000:])
+                print(log.read_text()[-3000:])
                 raise SystemExit(f"{way or 'the first text'}: {found['error']}")
-            losses[way] = found
             print(f"{way or 'first'}: {found[0]:.4f} to {found[-1]:.4f}", flush=True)
+            return found
+
+        losses[""] = losses_of("")
+        with ThreadPoolExecutor(options.at_once) as pool:
+            losses |= zip(options.ways, pool.map(losses_of, options.ways))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record = {
         "date": now,

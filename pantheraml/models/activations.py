@@ -5,7 +5,7 @@ a new size keeps the least, and its peak tells what is left of the stated share 
 on that is spent where a byte saves the most time, the last layers first, because backward frees them first. Where all
 that is worth keeping takes more than half of it, the second step spends half, and by what that really took, losses
 between blocks included, the steps after it spend what is left. Layers that run as one node (``layers.block``) can be
-kept in parts, on the device or, inputs and attention's results, on the host, at costs that follow from their shapes;
+kept in parts, on the device or, all but the MLP's inner part, on the host, at costs that follow from their shapes;
 others are kept or recomputed as a whole, at a cost that the first step measures. Where the device does not report its
 memory (a CPU), everything is kept; an XLA device, whose compiler lays out a step's memory before it runs, recomputes
 every layer.
@@ -32,7 +32,7 @@ from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from ..parallel import context
 from .host_memory import HostStash, OffloadSaved, available_bytes
-from .layers.block import Keep, Level, Offload
+from .layers.block import Host, Keep, Level, Offload
 from .layers.decoder import Cost, costs_of, is_node
 from .record import FRACTION, record_of
 
@@ -48,7 +48,7 @@ MODES: dict[bool | str | None, Mode] = {
     False: "keep",
     None: "keep",
 }
-INPUT, HOST, ALL = Level(Keep.INPUT), Level(Keep.INPUT, host=True), Level(Keep.ALL)
+INPUT, HOST, ALL = Level(Keep.INPUT), Level(Keep.INPUT, Host.RESULTS), Level(Keep.ALL)
 # The least of every layer in the modes that do not measure; offloading moves more where that saves time.
 _FIXED = {"recompute": INPUT, "offload": HOST, "keep": ALL}
 # Share of what is kept that the allocator loses between blocks, and that parts of a step hold for a moment.
@@ -64,11 +64,14 @@ _WORKING_LAYERS = 2.5
 _UNDERWAY = 3
 _DESCRIPTIONS = {
     ALL: "kept",
-    Level(Keep.ALL, host=True): "kept, inputs and attention's results in host memory",
+    Level(Keep.ALL, Host.RESULTS): "kept, inputs and attention's results in host memory",
+    Level(Keep.ALL, Host.RESIDUAL): "kept, all but the MLP's inner part in host memory",
     Level(Keep.RESIDUAL): "kept but for the MLP's inner part",
-    Level(Keep.RESIDUAL, host=True): "kept but for the MLP's inner part, inputs and attention's results in host memory",
+    Level(Keep.RESIDUAL, Host.RESULTS): "kept but for the MLP's inner part, "
+    "inputs and attention's results in host memory",
+    Level(Keep.RESIDUAL, Host.RESIDUAL): "kept in host memory but for the MLP's inner part",
     Level(Keep.ATTENTION): "recomputed around attention's kept result",
-    Level(Keep.ATTENTION, host=True): "recomputed around inputs and attention's results held in host memory",
+    Level(Keep.ATTENTION, Host.RESULTS): "recomputed around inputs and attention's results held in host memory",
     INPUT: "recomputed",
     HOST: "recomputed from inputs held in host memory",
 }
@@ -291,10 +294,12 @@ class ActivationPlan:
         """How many layers are kept whole."""
         return sum(level.keep == Keep.ALL for level in self.levels)
 
-    def keep(self, layer: nn.Module, hidden: torch.Tensor) -> tuple[Keep, Offload | None]:
+    def keep(self, layer: nn.Module, hidden: torch.Tensor) -> tuple[Level, Offload | None]:
         """What a layer that runs as one node keeps, and what moves tensors to the host and back."""
         level = self._level(layer, hidden)
-        return level.keep, self._stash.put if level.host and hidden.is_cuda else None
+        if level.host and hidden.is_cuda:
+            return level, self._stash.put
+        return level._replace(host=Host.NOTHING), None
 
     def run(self, function: functools.partial[Any], *args: Any) -> Any:
         """Run one layer: what ``GradientCheckpointingLayer`` calls with its own forward, all keywords bound."""
@@ -373,6 +378,7 @@ class ActivationPlan:
 
     def _level(self, layer: Any, hidden: torch.Tensor) -> Level:
         index = self._index[id(layer)]
+        self._stash.advance()
         if index == 0 and self.mode == "auto":
             self._begin(hidden)
         if index == 0 and self.mode == "offload" and hidden.is_cuda:
@@ -385,14 +391,14 @@ class ActivationPlan:
         if size not in self._offloaded:
             levels = [self._moved(layer, *size) for layer in self._layers]
             # Its backward comes first, before anything could have been fetched.
-            levels[-1] = levels[-1]._replace(host=False)
+            levels[-1] = levels[-1]._replace(host=Host.NOTHING)
             if len(self._offloaded) >= _REMEMBERED:
                 self._offloaded.clear()
             self._offloaded[size] = levels
         return self._offloaded[size]
 
     def _moved(self, layer: nn.Module, tokens: int, length: int) -> Level:
-        """What of a layer waits on the host when all do: attention's result too where that saves time."""
+        """What of a layer waits on the host when all do: more than its input where that saves time."""
         costs = self._costs(layer, tokens, length) or {}
         offered = {level: c for level, c in self._on_host(costs).items() if level.host and c.bytes == 0}
         return _least(offered) if offered else HOST

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,32 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
 
 
 class _Held:
-    """Tensors on the host, and later on their way back."""
+    """Tensors on the host, and later on their way back.
+
+    All memory of the device is allocated and freed in the current stream, which waits for a copy before what the copy
+    read may be used again. The allocator's own way, ``record_stream``, waits on the host's clock instead: a host that
+    runs ahead finds nothing free, and what is reserved grows by all that is moved.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.device = tensors[0].device
         self.stream = _side_stream(self.device)
         self.shapes = [(t.shape, t.dtype) for t in tensors]
         self.back: list[torch.Tensor] | None = None
-        sources = [t.contiguous() for t in tensors]
-        self.host = [[_pinned(piece) for piece in _pieces(source.view(-1))] for source in sources]
+        self.sources = [t.contiguous() for t in tensors]
+        self.host = [[_pinned(piece) for piece in _pieces(source.view(-1))] for source in self.sources]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for source, held in zip(sources, self.host):
+            for source, held in zip(self.sources, self.host):
                 for piece, pinned in zip(_pieces(source.view(-1)), held):
                     pinned.copy_(piece, non_blocking=True)
-                source.record_stream(self.stream)
+        self.copied = self.stream.record_event()
+
+    def let_go(self) -> None:
+        """Free on the device what was copied from."""
+        if self.sources:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.sources = []
 
     def start(self) -> None:
         """Begin the copy back, after what the device does now."""
@@ -82,16 +94,21 @@ class _Held:
             for target, held in zip(self.back, self.host):
                 for piece, pinned in zip(_pieces(target.view(-1)), held):
                     piece.copy_(pinned, non_blocking=True)
+        self.copied = self.stream.record_event()
 
     def finish(self) -> list[torch.Tensor]:
         """The tensors on the device, in the current stream's order."""
+        self.let_go()
         self.start()
-        assert self.back is not None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
-        for tensor in self.back:
-            tensor.record_stream(current)
-        return self.back
+        back, self.back = self.back, None
+        assert back is not None
+        torch.cuda.current_stream(self.device).wait_event(self.copied)
+        return back
+
+    def __del__(self) -> None:
+        # A graph may be given up while its tensors are on their way; after a refusal nothing is.
+        if getattr(self, "back", None) is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
 
 
 class HostStash:
@@ -102,8 +119,17 @@ class HostStash:
     """
 
     def __init__(self, refused: Callable[[str], None]) -> None:
-        self._held: list[_Held] = []
+        # A graph that is given up takes its tensors along.
+        self._held: list[weakref.ref[_Held]] = []
+        self._copying: list[_Held] = []
+        self._put: list[_Held] = []
         self._refused = refused
+
+    def advance(self) -> None:
+        """A layer begins: its predecessor's tensors are being copied, those put before are free."""
+        for held in self._copying:
+            held.let_go()
+        self._copying, self._put = self._put, []
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Move tensors to the host; the result brings them back, and starts to bring those put before them."""
@@ -113,15 +139,19 @@ class HostStash:
         except PinningError as error:
             self._refused(str(error))
             return lambda: stay
-        self._held.append(held)
+        self._held.append(weakref.ref(held))
+        self._put.append(held)
 
         def fetch() -> list[torch.Tensor]:
+            while self._copying or self._put:
+                self.advance()
             result = held.finish()
-            if held in self._held:
-                # What was put later was given up with its graph.
-                del self._held[self._held.index(held) :]
-            if self._held:
-                self._held[-1].start()
+            before = [each for ref in self._held if (each := ref()) is not None]
+            if held in before:
+                del before[before.index(held) :]
+            if before:
+                before[-1].start()
+            self._held = [weakref.ref(each) for each in before]
             return result
 
         return fetch

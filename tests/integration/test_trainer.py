@@ -119,7 +119,9 @@ def test_who_decides_about_checkpointing(own, given, recomputes, tmp_path, tiny_
 
     kept = []
     original = decoder.decoder_layer
-    monkeypatch.setattr(decoder, "decoder_layer", lambda h, spec, *a: kept.append(spec.keep) or original(h, spec, *a))
+    monkeypatch.setattr(
+        decoder, "decoder_layer", lambda h, spec, *a: kept.append(spec.level.keep) or original(h, spec, *a)
+    )
     options = {} if given is None else {"gradient_checkpointing": given}
     model = panthera_model(checkpointing=own)
     trainer = sft(tmp_path, tiny_tokenizer, model, options={"max_steps": 1, **options})

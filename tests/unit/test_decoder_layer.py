@@ -15,7 +15,7 @@ from test_fused_layers import FAMILIES, IDS, TARGETS, assert_near_truth, step, t
 from pantheraml.models.activations import set_activation_plan
 from pantheraml.models.adapt import adapt
 from pantheraml.models.layers import block, decoder, pieces
-from pantheraml.models.layers.block import Keep, Level
+from pantheraml.models.layers.block import Host, Keep, Level
 from pantheraml.models.layers.decoder import DecoderPlan, costs_of
 from pantheraml.models.layers.slots import plan_of, swap_of
 
@@ -32,7 +32,7 @@ WHOLE = {
     "qwen2": {},
     "phi3": FAMILIES.get("phi3", {}),
 }
-LEVELS = [None, *(Level(keep, host) for keep in reversed(Keep) for host in (False, True))]
+LEVELS = [None, *reversed(block.LEVELS)]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def adapted(model, level=None):
         plan = set_activation_plan(inner, True)
         plan.levels = [level] * len(plan.levels)
         if level.host and not torch.cuda.is_available():
-            plan.keep = lambda _layer, _hidden: (level.keep, copied)
+            plan.keep = lambda _layer, _hidden: (level, copied)
     return model.train(), report
 
 
@@ -220,12 +220,17 @@ def test_what_is_kept_costs_what_the_table_says():
     assert [c.bytes for c in costs.values()] == sorted(c.bytes for c in costs.values())
     seconds = [costs[Level(keep)].seconds for keep in Keep]
     assert seconds == sorted(seconds, reverse=True)
-    assert costs[Level(Keep.INPUT, True)].bytes == costs[Level(Keep.ATTENTION, True)].bytes == 0
+    nothing = [level for level, cost in costs.items() if cost.bytes == 0]
+    assert set(nothing) == {Level(k, Host.RESULTS) for k in (Keep.INPUT, Keep.ATTENTION)} | {
+        Level(Keep.RESIDUAL, Host.RESIDUAL)
+    }
     assert costs[Level(Keep.INPUT)].bytes == tokens * width * 4
     inner = model.config.intermediate_size
     assert costs[Level(Keep.ALL)].bytes - costs[Level(Keep.RESIDUAL)].bytes == tokens * 2 * inner * 4
-    for keep in Keep:
-        there, here = costs[Level(keep, True)], costs[Level(keep)]
+    for level in block.LEVELS:
+        if not level.host:
+            continue
+        there, here = costs[level], costs[Level(level.keep)]
         assert there.bytes + there.host_bytes == here.bytes + here.host_bytes
         assert there.seconds > here.seconds
     hidden = torch.randn(1, tokens, width, requires_grad=True)
@@ -260,7 +265,7 @@ def test_nothing_stays_after_a_backward_and_what_is_moved_does_not_stay_before_i
         return lambda: [torch.from_numpy(x.copy()) for x in there.pop()]
 
     if level.host:
-        layer._gradient_checkpointing_func.__self__.keep = lambda _layer, _hidden: (level.keep, moved)
+        layer._gradient_checkpointing_func.__self__.keep = lambda _layer, _hidden: (level, moved)
     source = torch.randn(1, tokens, width, requires_grad=True)
     positions = model.get_base_model().model.rotary_emb(source, torch.arange(tokens)[None])
     least = tokens * 16 * 4

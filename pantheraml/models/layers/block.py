@@ -61,16 +61,30 @@ class Keep(IntEnum):
     """The outputs of gate and up too: no matrix product is repeated."""
 
 
+class Host(IntEnum):
+    """What of that which stays waits in host memory."""
+
+    NOTHING = 0
+    """All of it stays on the device."""
+    RESULTS = 1
+    """The layer's input and, where it stays, the result of attention (and its row statistics)."""
+    RESIDUAL = 2
+    """All but gate and up; for layers that keep the residual."""
+
+
 class Level(NamedTuple):
     """What of a layer stays, and where.
 
     Attributes:
         keep: What stays.
-        host: Whether the layer's input and the result of attention, if they stay, wait in host memory.
+        host: What of it waits in host memory.
     """
 
     keep: Keep
-    host: bool = False
+    host: Host = Host.NOTHING
+
+
+LEVELS = tuple(Level(keep, host) for keep in Keep for host in Host if host < Host.RESIDUAL or keep >= Keep.RESIDUAL)
 
 
 # Moves tensors to the host and returns what brings them back.
@@ -94,8 +108,8 @@ class Spec:
         packed: ``"gate_first"`` or ``"up_first"`` where one projection makes both gate and up.
         scale: Residual scale s.
         parallel: Whether MLP and attention read the same residual.
-        keep: What stays in memory.
-        offload: Moves the layer's input and, where it stays, the result of attention to the host; None to leave them.
+        level: What stays in memory, and where.
+        offload: Moves to the host what shall wait there; None where nothing shall.
         over: The ranks that share the sequences, or None. Around ``attend`` they exchange: it gets all tokens, and this
             rank's heads; everything else has all heads, and this rank's tokens.
     """
@@ -112,7 +126,7 @@ class Spec:
     packed: str | None
     scale: float
     parallel: bool
-    keep: Keep
+    level: Level
     offload: Offload | None = None
     over: ContextGroup | None = None
 
@@ -186,6 +200,29 @@ def _address(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+# A tensor in one of several memories: which, and how it lies there.
+_Lying = tuple[int, tuple[Sequence[int], Sequence[int], int | torch.SymInt]]
+
+
+class _Memories:
+    """Memories that are moved to the host, each once."""
+
+    def __init__(self) -> None:
+        self.all: list[torch.Tensor] = []
+        self._index: dict[int, int] = {}
+
+    def add(self, x: torch.Tensor) -> _Lying:
+        """Add the memory of ``x``, and say where in which it is."""
+        index = self._index.setdefault(_address(x), len(self.all))
+        if index == len(self.all):
+            self.all.append(_memory(x))
+        return index, (x.size(), x.stride(), x.storage_offset())
+
+
+def _lying(where: _Lying, memories: Sequence[torch.Tensor]) -> torch.Tensor:
+    return memories[where[0]].as_strided(*where[1])
+
+
 def _memory(x: torch.Tensor) -> torch.Tensor:
     """All memory that ``x`` is a part of, as one row."""
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
@@ -212,31 +249,34 @@ class _Attended:
         end: Where the graph ends, at the result.
         begin: Where it begins, at queries, keys and values.
         places: What it keeps, where that may be given up.
-        moved: Place of the first tensor that was moved to the host, and how the result lies in its memory.
+        moved: Place of the first memory that was moved to the host, their number, and where the result is in them.
     """
 
     result: torch.Tensor | None
     end: Any = None
     begin: Sequence[Any] = ()
     places: _Places | None = None
-    moved: tuple[int, Any] | None = None
+    moved: tuple[int, int, _Lying] | None = None
 
-    def give_up(self, qkv: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All that stays of attention but queries, keys and values, which is forgotten here."""
+    def give_up(self, memories: _Memories, qkv: Sequence[torch.Tensor], *, with_qkv: bool) -> None:
+        """Add to ``memories``, which are empty, what stays of attention, and forget it here."""
         assert self.places is not None
         assert self.result is not None
-        others = [self.result, *self.places.large([self.result, *qkv])]
-        geometry = self.result.size(), self.result.stride(), self.result.storage_offset()
-        self.moved, self.result = (self.places.give_up(others), geometry), None
-        return [_memory(x) for x in others]
+        result = memories.add(self.result)
+        for x in self.places.large([self.result, *qkv]):
+            memories.add(x)
+        if with_qkv:
+            for x in qkv:
+                memories.add(x)
+        self.moved, self.result = (self.places.give_up(memories.all), len(memories.all), result), None
 
-    def take_back(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Undo ``give_up`` with what it returned."""
+    def take_back(self, memories: Sequence[torch.Tensor]) -> None:
+        """Undo ``give_up``."""
         assert self.places is not None
         assert self.moved is not None
-        first, geometry = self.moved
-        self.places.fill(first, tensors)
-        self.result = tensors[0].as_strided(*geometry)
+        first, count, result = self.moved
+        self.places.fill(first, memories[:count])
+        self.result = _lying(result, memories)
 
     def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gradients of q, k, v [B, heads, T, D]."""
@@ -262,6 +302,25 @@ class _State:
     branch: torch.Tensor | None = None
     middle: torch.Tensor | None = None
     mlp: list[_MLPState] | None = None
+    moved: tuple[_Lying | None, _Lying | None, tuple[_Lying, ...]] | None = None
+
+    def give_up(self, memories: _Memories, h: torch.Tensor) -> None:
+        """Add to ``memories`` what stays around attention, but for the residual ``h`` itself, and forget it here."""
+        middle = None if self.middle is None or self.middle is h else memories.add(self.middle)
+        branch = None if self.branch is None else memories.add(self.branch)
+        self.moved = middle, branch, tuple(memories.add(x) for x in self.unnormed)
+        self.middle, self.branch, self.unnormed = None, None, ()
+
+    def take_back(self, memories: Sequence[torch.Tensor], h: torch.Tensor) -> None:
+        """Undo both kinds of ``give_up``."""
+        if self.attended is not None and self.attended.moved is not None:
+            self.attended.take_back(memories)
+        if self.moved is None:
+            return
+        middle, branch, unnormed = self.moved
+        self.middle = h if middle is None else _lying(middle, memories)
+        self.branch = None if branch is None else _lying(branch, memories)
+        self.unnormed = tuple(_lying(x, memories) for x in unnormed)
 
 
 @dataclass(slots=True)
@@ -430,15 +489,17 @@ class _Layer:
         for start in range(0, rows, MLP_ROWS):
             yield slice(start, min(start + MLP_ROWS, rows))
 
-    def forward(self, h: torch.Tensor, level: Level) -> tuple[torch.Tensor, _State, list[torch.Tensor]]:
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, _State, list[torch.Tensor]]:
         """The layer's output, what is kept of it beside h, and what of that shall wait on the host."""
-        keep = level.keep
+        level = self.spec.level
+        keep, memories = level.keep, _Memories()
         state = _State()
         qkv = self.queries(state, h)
         attended = state.attended = self.attend(qkv, level)
         assert attended.result is not None
         added = self.add_attention(state, h, self._of_tokens(attended.result))
-        moved = attended.give_up(qkv) if level.host and keep >= Keep.ATTENTION else []
+        if level.host and keep >= Keep.ATTENTION:
+            attended.give_up(memories, qkv, with_qkv=level.host == Host.RESIDUAL)
         del qkv
         # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
         state.middle = h if self.spec.parallel else added
@@ -452,10 +513,12 @@ class _Layer:
                 pieces.append(piece)
         state.mlp = pieces or None
         if keep < Keep.RESIDUAL:
-            return out, _State(attended=attended if keep == Keep.ATTENTION else None), moved
+            return out, _State(attended=attended if keep == Keep.ATTENTION else None), memories.all
         # One pass over the residual makes it again.
         state.x = state.rstd = None
-        return out, state, moved
+        if level.host == Host.RESIDUAL:
+            state.give_up(memories, h)
+        return out, state, memories.all
 
     # ------------------------------------------------------------ backward
 
@@ -665,8 +728,7 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx: Any, h: torch.Tensor, spec: Spec, *tensors: torch.Tensor | None) -> torch.Tensor:
         with torch.autocast(h.device.type, enabled=False):
             layer = _Layer(spec, h, tensors)
-            level = Level(spec.keep, host=spec.offload is not None)
-            out, state, moved = layer.forward(h.reshape(-1, h.shape[-1]), level)
+            out, state, moved = layer.forward(h.reshape(-1, h.shape[-1]))
         ctx.fetch = spec.offload([h.detach(), *moved]) if spec.offload is not None else None
         ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)
         ctx.layer, ctx.state = layer, state
@@ -683,8 +745,7 @@ class _DecoderLayer(torch.autograd.Function):
             state = _State()
         else:
             ctx.layer = ctx.state = ctx.fetch = None
-            if moved:
-                state.attended.take_back(moved)
+            state.take_back(moved, h.reshape(-1, h.shape[-1]))
         del moved
         flags = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):

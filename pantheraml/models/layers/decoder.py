@@ -23,7 +23,7 @@ from ..attention.documents import PACKING, Divided
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
 from ..roles import decoder_children, plain_tensor
 from .attention import AttentionPlan, attention_function
-from .block import Keep, Level, Spec, decoder_layer
+from .block import LEVELS, Host, Keep, Level, Spec, decoder_layer
 from .lora import compute_dtype, projection_of, untouched
 from .mlp import GluPlan
 from .pieces import Norm, Turn
@@ -274,11 +274,11 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     except torch.OutOfMemoryError:
         planner = _planner(self)
         # The ranks that share a sequence have to exchange the same: one alone may not begin again.
-        if planner is None or spec.keep == Keep.INPUT or spec.over is not None:
+        if planner is None or spec.level.keep == Keep.INPUT or spec.over is not None:
             raise
         planner.shrink()
-        keep, offload = planner.keep(self, h)
-        return decoder_layer(h, replace(spec, keep=keep, offload=offload), projections, norms)
+        level, offload = planner.keep(self, h)
+        return decoder_layer(h, replace(spec, level=level, offload=offload), projections, norms)
 
 
 def _itself(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -312,8 +312,8 @@ def _prepare(
     parts = _parts(layer)
     if parts is None:
         return None
-    keep, offload = _keep(layer, h)
-    if keep is None:
+    level, offload = _keep(layer, h)
+    if level is None:
         return None
     heads: AttentionPlan = plan_of(parts.attention)
     glu: GluPlan = plan_of(parts.mlp)
@@ -348,7 +348,7 @@ def _prepare(
         packed=glu.layout if glu.up is None else None,
         scale=plan.scale,
         parallel=plan.parallel,
-        keep=keep,
+        level=level,
         offload=offload,
     )
     return h, spec, projections, parameters  # type: ignore[return-value]
@@ -412,10 +412,10 @@ def _planner(layer: Any) -> Any:
     return owner if hasattr(owner, "keep") else None
 
 
-def _keep(layer: Any, h: torch.Tensor) -> tuple[Keep | None, Any]:
+def _keep(layer: Any, h: torch.Tensor) -> tuple[Level | None, Any]:
     """What to keep of the layer; None where another library's checkpointing function asks to run the layer itself."""
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
-        return Keep.ALL, None
+        return Level(Keep.ALL), None
     planner = _planner(layer)
     return (None, None) if planner is None else planner.keep(layer, h)
 
@@ -474,12 +474,14 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | 
     _, after, _, after_mlp = parts.norms
     unnormed = q_width + kv_width if parts.head_norms is not None else 0
 
-    # Bytes of a token: what may wait on the host, and what stays.
-    moved = {Keep.INPUT: hidden * element}
-    moved |= dict.fromkeys(list(Keep)[1:], moved[Keep.INPUT] + q_width * element + heads * _STATISTIC_BYTES)
-    middle = q_width + 2 * kv_width + hidden + unnormed + (hidden if after is not None else 0)
-    stays = {Keep.INPUT: 0, Keep.ATTENTION: 0, Keep.RESIDUAL: middle * element}
-    stays[Keep.ALL] = stays[Keep.RESIDUAL] + (inner + (hidden if after_mlp is not None else 0)) * element
+    # Bytes of a token, by what has to stay for them.
+    bytes_of = {
+        Keep.INPUT: hidden * element,
+        Keep.ATTENTION: q_width * element + heads * _STATISTIC_BYTES,
+        Keep.RESIDUAL: (q_width + 2 * kv_width + hidden + unnormed + (hidden if after is not None else 0)) * element,
+        Keep.ALL: (inner + (hidden if after_mlp is not None else 0)) * element,
+    }
+    reach = {Host.NOTHING: -1, Host.RESULTS: Keep.ATTENTION, Host.RESIDUAL: Keep.RESIDUAL}
 
     products = [2.0 * tokens * a * b / _PRODUCT_RATE for a, b in widths]
     attention = 2.0 * tokens * length * q_width / _ATTENTION_RATE
@@ -489,9 +491,10 @@ def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | 
     takes[Keep.ATTENTION] = takes[Keep.RESIDUAL] + sum(products[:around])
     takes[Keep.INPUT] = takes[Keep.ATTENTION] + attention
     costs = {}
-    for keep in Keep:
-        copy = tokens * moved[keep] / _HOST_RATE
+    for level in LEVELS:
+        moved = tokens * sum(b for k, b in bytes_of.items() if k <= min(level.keep, reach[level.host]))
+        stays = tokens * sum(b for k, b in bytes_of.items() if reach[level.host] < k <= level.keep)
+        copy = moved / _HOST_RATE
         felt = 2 * (_HOST_FELT * copy + max(0.0, copy - forward))
-        costs[Level(keep)] = Cost(tokens * (moved[keep] + stays[keep]), takes[keep])
-        costs[Level(keep, host=True)] = Cost(tokens * stays[keep], takes[keep] + felt, tokens * moved[keep])
+        costs[level] = Cost(stays, takes[level.keep] + felt, moved)
     return dict(sorted(costs.items(), key=lambda entry: entry[1].bytes))
