@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -131,6 +132,12 @@ class ContextGroup:
         dist.all_reduce(facts, dist.ReduceOp.MIN if least else dist.ReduceOp.MAX, group=self.process_group)
         return facts.tolist()
 
+    def same(self, number: int) -> torch.Tensor:
+        """Whether all ranks have the same number: a bool on the device, which is not waited for."""
+        extremes = torch.tensor([number, -number], dtype=torch.int64, device=get_device().torch_device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.process_group)
+        return extremes[0] == -extremes[1]
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks, without gradient."""
         total = value.detach().clone()
@@ -138,7 +145,6 @@ class ContextGroup:
         return total
 
 
-@functools.cache
 def context_group(size: int) -> ContextGroup:
     """The group of ``size`` neighbouring ranks that this one belongs to. Every rank has to call it.
 
@@ -152,7 +158,13 @@ def context_group(size: int) -> ContextGroup:
             where="context_parallel",
             hint="start a number of processes that it divides (torchrun --nproc_per_node=...), or leave it out",
         )
-    shape, names = (ranks // size, size), ("data", "context")
+    return _made(size, dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=4)
+def _made(size: int, world: Any) -> ContextGroup:
+    """Made once in each process group."""
+    shape, names = (get_world_size() // size, size), ("data", "context")
     mesh = init_device_mesh(get_device().torch_type, shape, mesh_dim_names=names)["context"]
     return ContextGroup(mesh.get_group(), size, get_rank() % size)
 
@@ -216,11 +228,13 @@ class Division:
         lengths: Tokens of its documents, one after the other and row after row.
         batch: Rows.
         length: Tokens of a row, on all ranks.
+        checksum: Of its tokens.
     """
 
     lengths: tuple[int, ...]
     batch: int
     length: int
+    checksum: int = 0
 
 
 def divide(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
@@ -272,7 +286,8 @@ def divide(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     shared: dict[str, Any] = {n: x[:, rank * share : (rank + 1) * share].contiguous() for n, x in whole.items()}
     # Trainers look for them; the loss reads those that are shifted.
     shared["labels"] = shared["shift_labels"]
-    return shared | {DIVISION: Division(lengths, rows, share * ranks)}
+    checksum = zlib.crc32(batch["input_ids"].contiguous().numpy().tobytes())
+    return shared | {DIVISION: Division(lengths, rows, share * ranks, checksum)}
 
 
 class DividingCollator:

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from transformers import TrainerCallback
 
 from .. import log
 from ..device import get_device
-from ..errors import ConflictError, UnsupportedError
+from ..errors import ConflictError, DataError, UnsupportedError
 from ..models.attention import NAME
 from ..models.checkpointing import inner_model
 from ..models.fused_head import fused_head_of
 from ..parallel.batches import IGNORED, shared
-from ..parallel.context import DIVISION, ContextGroup, DividingCollator, context_group, divide, dividing
+from ..parallel.context import DIVISION, ContextGroup, DividingCollator, Division, context_group, divide, dividing
 from ..parallel.ranks import get_world_size
 from .deferred import sft_trainer
 from .isolation import evaluating, tolerance
@@ -172,9 +173,48 @@ def _divided(group: ContextGroup, loader: Any, *, training: bool) -> Any:
     return changed
 
 
+class _SameRows(TrainerCallback):
+    """Sees before each step that the ranks of a group had the same rows, and shares of nothing else."""
+
+    def __init__(self, group: ContextGroup) -> None:
+        self.group = group
+        self.pending: list[torch.Tensor] = []
+
+    def note(self, division: Division, *, wait: bool) -> None:
+        """Compare a batch between the ranks; unless it is waited for, the answer is read later."""
+        self.pending.append(self.group.same(division.checksum))
+        if wait:
+            self.read()
+
+    def read(self) -> None:
+        """Read the answers.
+
+        Raises:
+            DataError: a batch was not the same.
+        """
+        pending, self.pending = self.pending, []
+        if pending and not bool(torch.stack(pending).all()):
+            raise DataError(
+                "the ranks that share each sequence had different rows",
+                where=f"context_parallel={self.group.size}",
+                why="the data set, its order or the collator is not the same on all of them",
+                hint="make data sets and samplers without a rank's own randomness",
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the answers of the step."""
+        self.read()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the answers of an evaluation."""
+        self.read()
+
+
 def _divide_loss(trainer: Any, group: ContextGroup) -> None:
     original = trainer.compute_loss
     checked = False
+    rows = _SameRows(group)
+    trainer.add_callback(rows)
 
     @functools.wraps(original)
     def compute_loss(
@@ -191,6 +231,8 @@ def _divide_loss(trainer: Any, group: ContextGroup) -> None:
                 where=f"context_parallel={group.size}",
                 hint="call train() and evaluate(); the model itself takes whole sequences",
             )
+        # Before the first exchange: messages of different sizes would be waited for in vain.
+        rows.note(division, wait=not checked)
         if not checked:
             _check(trainer, group)
             checked = True

@@ -69,6 +69,23 @@ def loaded(folder: Path) -> Any:
     return tiny_qlora(folder / "tiny")
 
 
+class OfTheRank(DataCollatorForLanguageModeling):
+    """A collator that gives every rank tokens of its own, of as many or of its own number, from some batch on."""
+
+    def __init__(self, *, lengths: bool, first: int) -> None:
+        super().__init__(pad_token_id=2)
+        self.lengths, self.first = lengths, first
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch, rank = super().torch_call(examples), distributed.get_rank()
+        self.first -= 1
+        if self.first >= 0:
+            return batch
+        if self.lengths:
+            return {name: value[:, 5 * rank :] for name, value in batch.items()}
+        return batch | {"input_ids": batch["input_ids"] + rank}
+
+
 class WithTypes(DataCollatorForLanguageModeling):
     """A collator of another kind of batch."""
 
@@ -124,7 +141,7 @@ OF_GPUS: dict[str, dict[str, Any]] = {
 OF_FOUR = {2: ["lora", "packed, accumulated", "sharded full"], 4: ["lora", "full", "windows", "sinks"]}
 
 
-# What is refused, and a part of what is told; the last two when the first batch is there.
+# What is refused, and a part of what is told; the last five when the first batch is there.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention of another kind": ({"model": panthera_model}, "attn_implementation='sdpa'"),
     "heads": (
@@ -147,6 +164,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "metrics": ({"trainer_options": {"compute_metrics": lambda prediction: {}}}, "compute_metrics"),
     "dropped rows": ({"options": {"dataloader_drop_last": True}}, "a loader that drops the last"),
     "other tensors": ({"trainer_options": {"data_collator": WithTypes(pad_token_id=2)}}, "a batch with token_type_ids"),
+    "other lengths": ({"trainer_options": {"data_collator": OfTheRank(lengths=True, first=0)}}, "different rows"),
+    "other rows": ({"trainer_options": {"data_collator": OfTheRank(lengths=False, first=1)}}, "different rows"),
     "mixed tokens": ({"model": lambda: mixing(tiny())}, "gives something else when its sequences are divided"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from pantheraml.models.activations import (
 from pantheraml.models.adapt import adapt
 from pantheraml.models.layers.block import Host, Keep, Level
 from pantheraml.models.layers.decoder import Cost
+from pantheraml.parallel import context
 
+_PEAKS = ("peak", "reserved")
 IDS = torch.arange(3, 27).view(2, 12)
 HOST, INPUT, ATTENTION, RESIDUAL, ALL = Level(Keep.INPUT, Host.RESULTS), *(Level(keep) for keep in Keep)
 COSTS = {
@@ -120,6 +123,33 @@ def test_layers_that_are_no_nodes_are_kept_from_the_last_as_far_as_they_fit(olde
     assert step(plan, layers, allocator, tokens=5, keep=150) == [True] * 8
     # more tokens than measured: measure again before keeping anything
     assert step(plan, layers, allocator, tokens=20, keep=150) == [False] * 7 + [True]
+
+
+def test_ranks_that_share_sequences_keep_what_the_fullest_can():
+    capacities, tokens = (10_000, 7_000), 10
+    allocators = [Allocator(capacity=capacity, base=1_000, recompute_peak=2_000) for capacity in capacities]
+    layers = [[Layer() for _ in range(8)] for _ in capacities]
+    plans = [
+        RecordingPlan(own, "auto", fraction=0.9, memory=memory) for own, memory in zip(layers, allocators, strict=True)
+    ]
+    kept: list[list[list[bool]]] = [[], []]
+    for _ in range(3):
+        readings = [allocator(None) for allocator in allocators]
+
+        def agree(numbers, *, least=False, readings=readings):
+            if len(numbers) == 3:
+                return [max(r.allocated for r in readings), *(max(getattr(r, n) for r in readings) for n in _PEAKS)]
+            return [min(r.free for r in readings)] if least else numbers
+
+        group = SimpleNamespace(size=2, agree=agree)
+        for rank, plan in enumerate(plans):
+            with context.dividing(group, context.Division((2 * tokens,), 1, 2 * tokens)):  # type: ignore[arg-type]
+                kept[rank].append(drive(plan, layers[rank], allocators[rank], tokens=tokens, keep=150))
+    fullest = Allocator(capacity=min(capacities), base=1_000, recompute_peak=2_000)
+    alone = RecordingPlan(layers[1], "auto", fraction=0.9, memory=fullest)
+    assert kept[0] == kept[1]
+    assert kept[1] == [drive(alone, layers[1], fullest, tokens=tokens, keep=150) for _ in range(3)]
+    assert sum(kept[0][-1]) > 1
 
 
 def test_levels_that_save_less_a_byte_than_a_higher_one_are_passed_over():
