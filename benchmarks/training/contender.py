@@ -11,9 +11,12 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +47,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--checkpointing", type=json.loads, default="unsloth", help="JSON: true, false or a mode")
     parser.add_argument("--fsdp", action="store_true", help="shard the model over the ranks")
+    parser.add_argument("--in-shards", action="store_true", help="load a shard on each rank (pantheraml alone)")
+    parser.add_argument("--repeated", action="store_true", help="MODEL has one layer, which is read as every layer")
     parser.add_argument("--arguments", type=json.loads, default={}, help="JSON: further training arguments")
     parser.add_argument("--load", type=json.loads, default={}, help="JSON: further keywords of from_pretrained")
     parser.add_argument("--adapt", type=json.loads, default={}, help="JSON: further keywords of get_peft_model")
@@ -65,6 +70,16 @@ def load_fast(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         "load_in_4bit": options.mode == "qlora",
         "full_finetuning": options.mode == "full",
     } | options.load
+    if options.in_shards:
+        from pantheraml import MultiGPUConfig
+
+        keywords["multi_gpu_config"] = MultiGPUConfig(strategy="fsdp")
+    if options.repeated:
+        from shapes import RepeatedLayer
+
+        from pantheraml.models import stream
+
+        stream.safe_open = RepeatedLayer
     model, tokenizer = FastLanguageModel.from_pretrained(options.model, **keywords)
     if options.mode != "full":
         model = FastLanguageModel.get_peft_model(
@@ -154,6 +169,24 @@ def largest(value: float | None) -> float | None:
     return max(values)
 
 
+class HostMemory(threading.Thread):
+    """The most memory that this process has had for itself, without the pages of files that it reads, in GiB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self._ended = 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            status = Path("/proc/self/status").read_text()
+            self.most = max(self.most, int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 2**20)  # type: ignore[index]
+
+    def end(self) -> float:
+        self._ended.set()
+        self.join()
+        return self.most
+
+
 def main() -> int:
     options = parse()
     started = time.perf_counter()
@@ -176,8 +209,11 @@ def main() -> int:
         return time.perf_counter()
 
     torch.manual_seed(SEED)
+    host = HostMemory()
+    host.start()
     model, tokenizer, arguments = (load_fast if fast else load_plain)(options)
     loaded = now()
+    most = {"load_host_gib": host.end(), "load_peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None}
     same_start(model)
     data = dataset(options, model.config.get_text_config().vocab_size)
 
@@ -236,6 +272,7 @@ def main() -> int:
     )
     constructed = now()
     if cuda:
+        most["construct_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     trained: dict[Any, int] = {}
@@ -251,6 +288,7 @@ def main() -> int:
         "import_s": imported - started,
         "load_s": loaded - imported,
         "construct_s": constructed - prepared,
+        **{name: largest(value) for name, value in most.items()},
         "first_step_s": clock.times[0],
         "peak_gib": largest(torch.cuda.max_memory_allocated() / GIB if cuda else None),
         "reserved_gib": largest(torch.cuda.max_memory_reserved() / GIB if cuda else None),

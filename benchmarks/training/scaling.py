@@ -2,6 +2,7 @@
 
     python benchmarks/training/scaling.py --out benchmarks/reports
     python benchmarks/training/scaling.py --out DIR --seconds 560 --cases 8b-lora,8b-full-fsdp --ranks 1,2
+    python benchmarks/training/scaling.py --out DIR --cases 70b-qlora-fsdp --ranks 2 --layers 8 --models /dev/shm/models
     python benchmarks/training/scaling.py --out DIR --dry-run
 
 Every row is launched by torchrun, with one process too. Writes ``DIR/scaling_DEVICE_DATE.json`` after each row, the
@@ -68,6 +69,8 @@ class Case:
         peers: Rows that the factor is relative to, the first that ran.
         ranks: Numbers of processes, one a GPU.
         fsdp: Whether the model is sharded, not copied.
+        in_shards: Whether it is loaded in shards as well, from a checkpoint whose one layer is read as every layer.
+        layers: Number of decoder layers, default the shape's.
         efficiency: For a number of ranks, the least share of one rank's tokens a second that each should keep.
         batch: Sequences of a step on each rank.
         length: Tokens of a sequence.
@@ -82,6 +85,8 @@ class Case:
     peers: tuple[str, ...]
     ranks: tuple[int, ...]
     fsdp: bool = False
+    in_shards: bool = False
+    layers: int | None = None
     efficiency: Mapping[int, float] = field(default_factory=dict)
     batch: int = 4
     length: int = 2048
@@ -91,7 +96,7 @@ class Case:
     def tiny(self) -> Case:
         """The same rows at a size for a CPU, to see that everything works."""
         ranks = (1, 2) if 1 in self.ranks else (2,)
-        return dataclasses.replace(self, shape="tiny", length=64, batch=2, steps=5, ranks=ranks)
+        return dataclasses.replace(self, shape="tiny", layers=None, length=64, batch=2, steps=5, ranks=ranks)
 
 
 # Accelerate's mixed precision keeps the trained weights in float32. Without it they stay in bfloat16, as loaded.
@@ -140,6 +145,20 @@ CASES: dict[str, Case] = {
         (2, 4, 8),
         fsdp=True,
     ),
+    # Of the peers none reads such a model in shards: each rank would hold it whole on its GPU or in host memory.
+    "70b-qlora-fsdp": Case(
+        "Llama-3.1-70B, QLoRA, loaded in shards",
+        "llama-3.1-70b",
+        "qlora",
+        (Contender("pantheraml"),),
+        (),
+        (2, 4, 8),
+        fsdp=True,
+        in_shards=True,
+        batch=2,
+        steps=8,
+        limit_s=540,
+    ),
 }
 
 
@@ -152,6 +171,7 @@ def command_of(case: Case, contender: Contender, ranks: int, model: Path) -> lis
     command += ["--checkpointing", "true" if contender.name in ("hf", "liger") else '"unsloth"']
     if contender.arguments:
         command += ["--arguments", json.dumps(dict(contender.arguments))]
+    command += ["--in-shards", "--repeated"] if case.in_shards else []
     return command + (["--fsdp"] if case.fsdp else [])
 
 
@@ -217,6 +237,17 @@ def table(case: Case, call: Sequence[Line]) -> list[str]:
     return body
 
 
+def loading(line: Line) -> str:
+    """How long a row's load took, and what a rank held at most in it."""
+    held = [f"{line['load_host_gib']:.1f} GiB of host memory besides file pages"]
+    if line["load_peak_gib"] is not None:
+        held.insert(
+            0, f"{line['load_peak_gib']:.2f} GiB of its GPU, {line['construct_peak_gib']:.2f} GiB until it trained"
+        )
+    layers = f"{line['layers']} layers, " if line["layers"] is not None else ""
+    return f"{layers}loaded by {line['ranks']} ranks in {line['load_s']:.0f} s; a rank held at most {', '.join(held)}"
+
+
 def render(lines: Sequence[Line]) -> str:
     """The whole report in markdown."""
     page = [
@@ -227,13 +258,15 @@ def render(lines: Sequence[Line]) -> str:
         "steps after the third, on rank 0; the peak is the largest of all ranks. `hf` is transformers, PEFT, TRL and",
         "Accelerate as they are, `liger` the same with Liger's kernels, both with checkpointing; sharded rows use",
         "Accelerate's FSDP2. `bf16` is without mixed precision, so that the trained weights stay in bfloat16. Sharded",
-        "full fine-tuning is with AdamW in the dtype of the weights.",
+        "full fine-tuning is with AdamW in the dtype of the weights. Of a model that is loaded in shards one decoder",
+        "layer is on disk, in 16 bits, and is read, quantised and divided as every layer.",
     ]
     for name, case in CASES.items():
         for call in report.calls_of(lines, name):
             page += ["", f"## {case.title}", "", f"`{name}`, {call[0]['length']:,} x {call[0]['batch']} tokens a GPU;"]
             page += [f"call of {call[0]['call']}, {call[0]['device']}.", "", *table(case, call)]
             facts = [(line["row"], line[key]) for line in call for key in ("plan", "adapted") if line.get(key)]
+            facts += [(line["row"], loading(line)) for line in call if case.in_shards and "error" not in line]
             page += ["", *(f"- {row}: {text}" for row, text in dict.fromkeys(facts))] if facts else []
     page += ["", "## Calls", ""]
     for call, line in {line["call"]: line for line in lines}.items():
@@ -257,6 +290,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", help="numbers of GPUs, instead of each case's own that this host has")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that cannot end in this time")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of each case's own")
+    parser.add_argument("--layers", type=int, help="decoder layers of every model, instead of its shape's")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-models")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "benchmark-logs")
     parser.add_argument("--append-to", type=Path, help="lines of earlier calls, taken over")
@@ -293,7 +327,9 @@ def main() -> int:
         if options.ranks is not None:
             case = dataclasses.replace(case, ranks=tuple(map(int, options.ranks.split(","))))
         case = case if options.steps is None else dataclasses.replace(case, steps=options.steps)
-        model = shapes.write(case.shape, options.models)
+        if options.layers is not None and not options.dry_run:
+            case = dataclasses.replace(case, layers=options.layers)
+        model = shapes.write(case.shape, options.models, repeated=case.in_shards, layers=case.layers)
         for ranks, contender in rows_of(case, most, options.contenders):
             left = deadline - time.monotonic()
             if left < run.LEAST_S:
@@ -303,6 +339,7 @@ def main() -> int:
             command = command_of(case, contender, ranks, model)
             record = run.measure(command, min(case.limit_s, left), log)
             row = {"case": name, "row": contender.row, "length": case.length, "batch": case.batch}
+            row["layers"] = case.layers
             row["contender_command"] = shlex.join(command[1:])
             lines.append(about | row | record | {"ranks": ranks})
             write(lines, path)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 
 SHAPES: dict[str, dict] = {
     "llama-3.1-8b": {
@@ -14,6 +18,20 @@ SHAPES: dict[str, dict] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.1-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 131072,
@@ -75,22 +93,65 @@ SHAPES: dict[str, dict] = {
         "tie_word_embeddings": False,
     },
 }
+_FIRST = ".layers.0."
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 
 
-def write(name: str, folder: Path) -> Path:
+class RepeatedLayer:
+    """A file of a checkpoint that holds one decoder layer, opened as if every layer had its tensors.
+
+    A model of 70 billion weights would fill a disk of 128 GB. It is read, converted and moved as if it did.
+
+    Args:
+        path: The file, beside the ``config.json`` that says how many layers there are.
+        **options: As ``safetensors.safe_open`` takes them.
+    """
+
+    def __init__(self, path: str, **options: Any) -> None:
+        self._file = safe_open(path, **options)
+        self._layers = json.loads((Path(path).parent / "config.json").read_text())["num_hidden_layers"]
+
+    def __enter__(self) -> RepeatedLayer:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, of every layer."""
+        names = list(self._file.keys())
+        repeated = [name for name in names if _FIRST in name]
+        return names + [n.replace(_FIRST, f".layers.{i}.") for i in range(1, self._layers) for n in repeated]
+
+    def get_slice(self, name: str) -> Any:
+        """A tensor to be read; of every layer that of the one in the file."""
+        return self._file.get_slice(re.sub(r"\.layers\.\d+\.", _FIRST, name))
+
+
+def write(name: str, folder: Path, *, repeated: bool = False, layers: int | None = None) -> Path:
     """Write the checkpoint of a shape below ``folder`` unless it is there, and return its path.
 
     The files get their folder's name only when all are written, so that a call that was cut off leaves none half done.
+
+    Args:
+        name: A name in ``SHAPES``.
+        folder: Where checkpoints are.
+        repeated: Whether only the first layer is written, to be read by ``RepeatedLayer``. Default False.
+        layers: Number of layers, default the shape's.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    path = folder / name
+    shape = dict(SHAPES[name])
+    layers = layers or shape["num_hidden_layers"]
+    path = folder / (f"{name}-{layers}-layers" if layers != shape["num_hidden_layers"] else name)
+    if repeated:
+        path = path.with_name(f"{path.name}-repeated")
     if path.exists():
         return path
-    partial = folder / f"{name}.partial"
-    shape = dict(SHAPES[name])
+    partial = path.with_name(f"{path.name}.partial")
+    shape["num_hidden_layers"] = 1 if repeated else layers
     config = AutoConfig.for_model(
         shape.pop("model_type"), **shape, bos_token_id=1, eos_token_id=2, pad_token_id=3, dtype="bfloat16"
     )
@@ -98,6 +159,9 @@ def write(name: str, folder: Path) -> Path:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(partial, max_shard_size="4GB")
+    if repeated:
+        about = json.loads((partial / "config.json").read_text()) | {"num_hidden_layers": layers}
+        (partial / "config.json").write_text(json.dumps(about))
     # This process lives on beside the contenders, and what it holds would be missing to them.
     del model
     if torch.cuda.is_available():

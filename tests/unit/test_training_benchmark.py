@@ -161,3 +161,29 @@ def test_the_most_important_rows_come_first_and_only_what_the_host_has(scaling):
     case = scaling.CASES["8b-lora"]
     rows = [(ranks, contender.name) for ranks, contender in scaling.rows_of(case, 2, {"all"})]
     assert rows == [(1, "pantheraml"), (2, "pantheraml"), (1, "unsloth"), (2, "unsloth"), (1, "liger"), (2, "liger")]
+
+
+def test_one_layer_on_disk_is_read_as_every_layer(modules, tmp_path):
+    import shapes
+    from safetensors import safe_open
+
+    path = shapes.write("tiny", tmp_path, repeated=True, layers=3)
+    assert shapes.write("tiny", tmp_path, repeated=True, layers=3) == path
+    file = next(path.glob("*.safetensors"))
+    with safe_open(str(file), framework="pt") as stored, shapes.RepeatedLayer(str(file), framework="pt") as repeated:
+        first = [name for name in stored.keys() if ".layers.0." in name]  # noqa: SIM118
+        assert first
+        assert set(repeated.keys()) == set(stored.keys()) | {
+            name.replace(".layers.0.", f".layers.{index}.") for name in first for index in (1, 2)
+        }
+        last = repeated.get_slice(first[0].replace(".layers.0.", ".layers.2."))[...]
+        assert last.equal(stored.get_tensor(first[0]))
+
+
+def test_loading_in_shards_is_told_with_what_a_rank_held(scaling):
+    loaded = {"load_s": 61.2, "load_peak_gib": 12.3, "construct_peak_gib": 13.1, "load_host_gib": 2.5, "layers": None}
+    page = scaling.render([scaled("pantheraml/default", 4, 900, case="70b-qlora-fsdp", **loaded)])
+    assert (
+        "loaded by 4 ranks in 61 s; a rank held at most 12.30 GiB of its GPU, 13.10 GiB until it trained, "
+        "2.5 GiB of host memory besides file pages" in page
+    )
