@@ -47,8 +47,8 @@ def warning(message: str) -> None:
         get_logger().warning(message)
 
 
-def once(message: str, *, key: str | None = None) -> None:
+def once(message: str, *, key: str | None = None, warn: bool = False) -> None:
     """Tell something once in the life of the process; ``key`` identifies it when the wording varies."""
     if (key or message) not in _told:
         _told.add(key or message)
-        info(message)
+        (warning if warn else info)(message)

@@ -75,9 +75,12 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     metrics = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
     if eval_set is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if isinstance(v, int | float)}
-    if trainer.is_world_process_zero():
+    main = trainer.is_world_process_zero()
+    if main:
         output.say(f"Trained {result.global_step} steps: " + _shown(metrics))
-        saved = _save(args, model, tokenizer, output)
+    # On a TPU every process takes part in reading the weights.
+    saved = _save(args, model, tokenizer, output) if main or args.use_tpu else {}
+    if main:
         _write_run(args, "; ".join(rows.description for rows in parts), metrics, saved)
         output.note(steps=result.global_step, metrics=metrics, saved=saved)
     _push(args, model, tokenizer, output)
@@ -186,7 +189,8 @@ def _load(args: argparse.Namespace, max_seq_length: int) -> tuple[Any, Any]:
         model_name=args.model_name,
         max_seq_length=max_seq_length,
         dtype=None if str(args.dtype).lower() == "none" else args.dtype,
-        load_in_4bit=args.load_in_4bit,
+        load_in_4bit=args.load_in_4bit and not args.use_tpu,
+        use_tpu=True if args.use_tpu else None,
         full_finetuning=args.full_finetuning,
         token=args.hub_token,
         trust_remote_code=args.trust_remote_code,
@@ -244,6 +248,7 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     from ..training.preparation import PARSE_CONTROL
+    from ..training.tpu_trainer import PantheraMLTPUTrainer
 
     options = {name: getattr(args, name) for name in _CONFIG_ARGUMENTS}
     options |= {"max_length": max_seq_length, "report_to": reporters}
@@ -254,13 +259,16 @@ def _trainer(
     if "optim" in args.explicit:
         # Otherwise the trainer takes the default optimizer where it runs, and says which one where it does not.
         options["optim"] = args.optim
+    if args.use_tpu and "logging_steps" not in args.explicit:
+        # The trainer's own default: each log waits for the device.
+        del options["logging_steps"]
     try:
         config = SFTConfig(**options)
     except ValueError as error:
         raise ConfigError(
             "a training flag has a value that cannot be used", why=str(error), hint="see `pantheraml --help`"
         ) from error
-    trainer = SFTTrainer(
+    trainer = (PantheraMLTPUTrainer if args.use_tpu else SFTTrainer)(
         model=model, args=config, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
     return train_on_responses_only(trainer) if wants_replies(args, train_set) else trainer

@@ -268,7 +268,7 @@ TRAIN: tuple[Group, ...] = (
                 metavar="N",
                 help="with --gpus: start all processes again up to N times when one fails, from the newest checkpoint",
             ),
-            _switch("--use_tpu", "train on TPU (refused here: see docs/TPU-Guide.md)"),
+            _switch("--use_tpu", "train on all cores of this TPU host, in 16 bit (experimental: docs/TPU-Guide.md)"),
         ),
     ),
 )

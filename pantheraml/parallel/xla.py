@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from .. import log, xla_runtime
-from ..device import get_device, require
-from ..errors import ConfigError, UnsupportedError
+from ..device import get_device
+from ..errors import ConfigError, MissingDependencyError, UnsupportedError
 
 FSDP, TENSOR = "fsdp", "tensor"
 # Kept with a parameter that is divided.
@@ -34,6 +34,10 @@ _ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
 MIN_SHARD_ELEMENTS = 262144
 # Axis of a linear layer's weight that the tensor axis divides, by transformers' name of the style.
 _TENSOR_AXES = {"colwise": 0, "colwise_rep": 0, "colwise_gather_output": 0, "rowwise": 1, "rowwise_rep": 1}
+
+
+class TPUDependencyError(MissingDependencyError, RuntimeError):
+    """torch_xla is not installed, which a setup of TPU cores needs."""
 
 
 @dataclass
@@ -119,7 +123,7 @@ def setup_multi_tpu(config: MultiTPUConfig | None = None) -> MultiTPUConfig:
         The config.
 
     Raises:
-        MissingDependencyError: torch_xla is not installed; the text has its install line.
+        TPUDependencyError: torch_xla is not installed; the text has its install line.
         UnsupportedError: this process computes on something else.
         ConfigError: ``num_cores`` or ``mesh_shape`` does not fit the cores that there are.
     """
@@ -135,12 +139,18 @@ def setup_multi_tpu(config: MultiTPUConfig | None = None) -> MultiTPUConfig:
     log.once(
         "TPU support is experimental: tested on torch_xla's CPU backend, not yet on a TPU (docs/TPU-Guide.md)",
         key="tpu",
+        warn=True,
     )
     return config
 
 
 def _mesh_of(config: MultiTPUConfig) -> xla_runtime.Mesh:
-    require("torch_xla", what="training on a TPU")
+    if not xla_runtime.is_installed():
+        raise TPUDependencyError(
+            "training on a TPU needs the package 'torch_xla', which is not installed",
+            where="setup_multi_tpu",
+            hint=xla_runtime.INSTALL,
+        )
     device = get_device()
     if device.type != "xla":
         raise UnsupportedError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import psutil
 import pytest
 import torch
 from trl import SFTTrainer
 
 import pantheraml
-from pantheraml import MultiTPUConfig, PantheraMLTPUTrainer, xla_runtime
+from pantheraml import MultiTPUConfig, PantheraMLTPUTrainer, log, xla_runtime
 from pantheraml.errors import ArgumentError, ConfigError, ConflictError, NonFiniteError, UnsupportedError
 from pantheraml.parallel import xla
 
@@ -20,6 +23,7 @@ def test_setup_is_idempotent_and_tells_the_truth():
     pantheraml.cleanup_tpu_training()
     pantheraml.cleanup_tpu_training()
     assert pantheraml.get_tpu_status()["initialized"] is False
+    children = psutil.Process().children()
     config = pantheraml.setup_tpu_training(MultiTPUConfig(num_cores=CORES))
     assert pantheraml.setup_tpu_training() is config
     assert pantheraml.setup_multi_tpu(MultiTPUConfig(num_cores=CORES)) is config
@@ -39,6 +43,32 @@ def test_setup_is_idempotent_and_tells_the_truth():
     with pantheraml.tpu_context() as inside:
         assert inside is config
     assert pantheraml.get_tpu_status()["initialized"] is False
+    assert psutil.Process().children() == children
+
+
+def test_one_warning_says_that_this_is_experimental(monkeypatch, caplog):
+    monkeypatch.setattr(log, "_told", set())
+    for _ in range(3):
+        pantheraml.cleanup_tpu_training()
+        pantheraml.setup_tpu_training()
+    assert [record.levelname for record in caplog.records if "experimental" in record.message] == ["WARNING"]
+
+
+def test_memory_is_told_where_the_backend_counts_it(monkeypatch, tiny_llama_dir, tmp_path, caplog):
+    figures = {"bytes_used": 2**30, "bytes_limit": 16 * 2**30, "peak_bytes_used": 3 * 2**30}
+    # What torch_xla answers on a TPU.
+    monkeypatch.setattr("torch_xla.core.xla_model.get_memory_info", lambda device: dict(figures))
+    info = pantheraml.get_tpu_memory_info()
+    assert (info["available"], info["rank"], info["world_size"]) == (True, 0, CORES)
+    assert (info["used"], info["limit"], info["peak"]) == tuple(figures.values())
+    assert pantheraml.get_tpu_status()["memory_info"] == info
+    model, tokenizer = load(tiny_llama_dir)
+    data = {"train_dataset": ragged(16), "processing_class": tokenizer}
+    trainer = PantheraMLTPUTrainer(model=model, args=arguments(tmp_path), **data)
+    row = trainer.get_model_memory_usage()["tpu_core"]
+    assert (row["used"], row["limit"], row["peak"]) == (1, 16, 3)
+    trainer.print_memory_stats()
+    assert "1.00 GiB used, 3.00 at most, of 16.00" in caplog.text
 
 
 def test_a_mesh_has_the_shape_that_was_asked_for_or_raises():
@@ -55,15 +85,25 @@ def test_loading_divides_weights_and_keeps_the_dtype(tiny_llama_dir):
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
     assert {p.dtype for p in base} == {torch.bfloat16}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert not {"XLA_USE_BF16", "XLA_DOWNCAST_BF16"} & set(os.environ)
     divided = [p for p in base if xla_runtime.sharding(p)]
     assert len(divided) == (sum(p.numel() >= 1024 for p in base) if CORES > 1 else 0)
     assert {entry.implementation for entry in model.base_model.model.adapt_report.swapped} == {"linear_cross_entropy"}
 
 
+def test_the_default_of_4_bit_weights_is_16_bit_here_which_is_said(tiny_llama_dir, caplog):
+    from pantheraml import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_llama_dir), use_tpu=True)
+    assert "4-bit weights are not available on xla: loaded in 16 bit" in caplog.text
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_what_xla_devices_cannot_do_is_refused(tiny_llama_dir, tmp_path):
     from pantheraml import FastLanguageModel
 
-    for options in ({"load_in_8bit": True}, {"quantization_config": {"load_in_4bit": True}}, {"use_tpu": False}):
+    quantised = ({"load_in_4bit": True}, {"load_in_8bit": True}, {"quantization_config": {"load_in_4bit": True}})
+    for options in (*quantised, {"use_tpu": False}):
         with pytest.raises((UnsupportedError, ConflictError)):
             FastLanguageModel.from_pretrained(str(tiny_llama_dir), **{"load_in_4bit": False, **options})
     model, tokenizer = load(tiny_llama_dir)

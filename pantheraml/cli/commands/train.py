@@ -46,6 +46,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 
     conflict("full_finetuning", _LORA_FLAGS, "full fine-tuning trains every weight and uses no LoRA")
     conflict("full_finetuning", ["load_in_4bit"], "4-bit weights cannot be trained, only adapters on top of them")
+    conflict("use_tpu", ["gpus"], "one process drives all cores of a TPU host")
+    conflict("use_tpu", ["load_in_4bit"], "TPUs have no code for 4-bit weights")
     conflict("num_train_epochs", ["max_steps"], "each of them decides how long training lasts")
     conflict("num_train_epochs", ["streaming"], "how many rows a stream has is not known; --max_steps ends it")
     conflict("raw_text_file", _DATASET_FLAGS, "each of them names the data")
@@ -57,12 +59,6 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         asked = [flag for flag in flags if flag in given]
         if asked:
             raise UnsupportedError(f"--{asked[0]} cannot be honoured", why=release.why, hint=release.instead)
-    if args.use_tpu:
-        raise UnsupportedError(
-            "--use_tpu cannot be honoured",
-            why="this command's defaults are for GPUs",
-            hint="train on TPU from a script: examples/experimental_tpu_training.py",
-        )
     if (args.push_model or args.push_gguf) and "hub_path" not in given:
         raise ConfigError("--hub_path is needed to push", hint="give the repository as --hub_path owner/name")
     if args.num_train_epochs == 0 or args.learning_rate == 0:
@@ -115,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune as the flags say."""
     refuse_contradictions(args)
     tell_idle_flags(args)
+    if args.use_tpu:
+        from ...parallel.xla import setup_tpu_training
+
+        setup_tpu_training()  # Without a TPU it raises, before data and model are read.
     if "gpus" in args.explicit:
         code = _launched(args)
         if code is not None:
