@@ -1,4 +1,4 @@
-"""The only reader of ``os.environ`` in the package. PantheraML never writes an environment variable.
+"""The only reader of ``os.environ`` in the package. PantheraML sets no variable, and takes back those of ``as_it_was``.
 
 | variable | default | effect |
 |---|---|---|
@@ -13,7 +13,9 @@ Set by launchers and read here: ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``SLUR
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 def text(name: str) -> str | None:
@@ -95,3 +97,16 @@ def log_level() -> str:
 def path() -> str:
     """The search path for executables."""
     return os.environ.get("PATH", "")
+
+
+@contextlib.contextmanager
+def as_it_was(name: str) -> Iterator[None]:
+    """Undo at the end what a library writes into a variable inside, so that nothing later is told by it."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

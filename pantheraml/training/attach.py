@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .. import log
+from .. import env, log
 from .._compat.trl import explicit_names, remember
 from ..device import get_device
 from ..errors import UnsupportedError
@@ -64,7 +64,8 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
         ranks.apply_config(args, record.multi_gpu_config)
     ranks.settle(args, model, explicit)
     context_parallel.settle(trainer, arguments)
-    with _quiet_when_piped(), ranks.preparing(arguments) as turn:
+    # Accelerate tells its later instances by this variable to shard as well.
+    with env.as_it_was("ACCELERATE_USE_FSDP"), _quiet_when_piped(), ranks.preparing(arguments) as turn:
         with turn():
             arguments = before_init(trainer, arguments, record, explicit)
         weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}

@@ -26,6 +26,7 @@ from ..models.record import ModelRecord
 from ..parallel.fsdp import is_sharded, reshard, shard, whole
 from ..parallel.parts import in_parts
 from ..parallel.ranks import get_world_size
+from .defaults import set_checkpointing
 
 # Optimizers whose kernels read a parameter's memory and know no shards.
 _UNSHARDED_OPTIMIZERS = ("8bit", "4bit", "paged", "bnb", "galore", "apollo", "lomo", "muon")
@@ -41,7 +42,11 @@ def configure(args: Any, shard_size: int | None = None) -> None:
     if not args.fsdp:
         args.fsdp = True
         args.fsdp_config = {**(args.fsdp_config or {}), "version": 2}
+        # transformers would recommend FSDP's recomputation, which the model's own plan takes the place of.
+        recomputes = args.gradient_checkpointing
+        set_checkpointing(args, False)
         args.fsdp_plugin_args = args._process_fsdp_args()
+        set_checkpointing(args, recomputes)
     if shard_size is not None:
         args.fsdp_config["shard_size"] = shard_size
 

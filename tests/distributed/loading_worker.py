@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def trained(name: str, kind: str, config: MultiGPUConfig | None, **options: Any)
         "losses": losses_of(trainer),
         "in parts": came_in_parts,
         "sharded": fsdp.is_sharded(trainer.model) and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "environment": os.environ.get("ACCELERATE_USE_FSDP"),
         "padding-free": trainer.padding_free,
         "eval": trainer.evaluate()["eval_loss"],
         "trained": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),

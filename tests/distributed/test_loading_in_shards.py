@@ -130,6 +130,11 @@ def test_documents_are_measured_apart_before_they_are_packed(two):
         assert len(facts["packed"]["losses"]) == 3
 
 
+def test_a_sharded_trainer_does_not_tell_later_ones_to_shard(two):
+    for facts in two.facts:
+        assert facts["lora"]["environment"] is None
+
+
 @pytest.mark.parametrize(
     ("attempt", "told"),
     [
