@@ -228,12 +228,14 @@ class Division:
         lengths: Tokens of its documents, one after the other and row after row.
         batch: Rows.
         length: Tokens of a row, on all ranks.
+        last: The largest position of a token.
         checksum: Of its tokens.
     """
 
     lengths: tuple[int, ...]
     batch: int
     length: int
+    last: int = 0
     checksum: int = 0
 
 
@@ -280,14 +282,14 @@ def divide(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     if missing:
         # What fills a row up goes on with its last document, whose tokens do not look at it.
         whole = {name: F.pad(x, (0, missing), value=_PER_TOKEN.get(name, IGNORED)) for name, x in whole.items()}
-        whole["position_ids"][:, length:] = positions[:, -1:] + 1 + torch.arange(missing)
+        whole["position_ids"][:, length:] = positions[:, -1:]
     bounds = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
     lengths = tuple(after - before for before, after in itertools.pairwise(bounds))
     shared: dict[str, Any] = {n: x[:, rank * share : (rank + 1) * share].contiguous() for n, x in whole.items()}
     # Trainers look for them; the loss reads those that are shifted.
     shared["labels"] = shared["shift_labels"]
     checksum = zlib.crc32(batch["input_ids"].contiguous().numpy().tobytes())
-    return shared | {DIVISION: Division(lengths, rows, share * ranks, checksum)}
+    return shared | {DIVISION: Division(lengths, rows, share * ranks, int(positions.max()), checksum)}
 
 
 class DividingCollator:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from torch import nn
 from transformers import TrainerCallback
 
 from .. import log
@@ -22,7 +23,16 @@ from ..models.attention import NAME
 from ..models.checkpointing import inner_model
 from ..models.fused_head import fused_head_of
 from ..parallel.batches import IGNORED, shared
-from ..parallel.context import DIVISION, ContextGroup, DividingCollator, Division, context_group, divide, dividing
+from ..parallel.context import (
+    DIVISION,
+    ContextGroup,
+    DividingCollator,
+    Division,
+    context_group,
+    current,
+    divide,
+    dividing,
+)
 from ..parallel.ranks import get_world_size
 from .deferred import sft_trainer
 from .isolation import evaluating, tolerance
@@ -32,7 +42,7 @@ _INSTALLED = "_pantheraml_context"
 _LOADERS = ("train", "eval", "test")
 # Attention that looks at what documents and windows tell, and nothing else.
 _KINDS = frozenset({"full_attention", "sliding_attention"})
-# Rotations that depend on the longest sequence of a batch, which a share of it does not tell.
+# Rotations that depend on the largest position of a batch, which a share of it does not tell.
 _ROTATIONS = frozenset({"dynamic", "longrope"})
 # Tokens of each rank in the check.
 _SHARE = 8
@@ -83,16 +93,16 @@ def _obstacle_of_model(model: Any, size: int) -> str | None:
     if config.is_encoder_decoder or config.get_text_config() is not config:
         return f"{kind} takes more than one sequence of text"
     if config._attn_implementation != NAME:
-        return f"the model was loaded with attn_implementation={config._attn_implementation!r}"
+        return f"the model has attn_implementation={config._attn_implementation!r}, and only {NAME!r} exchanges"
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"{kind} has layers of {', '.join(sorted(kinds)) or 'chunked attention'}"
     if "position_ids" not in inspect.signature(type(inner).forward).parameters:
         return f"{kind} counts positions by itself"
     parameters: Any = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):
-        if isinstance(rope, dict) and rope.get("rope_type") in _ROTATIONS:
-            return f"the angles of {rope['rope_type']} positions depend on the longest sequence of a batch"
+    ropes = {rope.get("rope_type") for rope in (parameters, *parameters.values()) if isinstance(rope, dict)}
+    if not ropes.isdisjoint(_ROTATIONS) and not _rotations(inner):
+        return f"{kind} turns queries and keys by the largest position of a batch in a way of its own"
     if config.num_attention_heads % size:
         return f"the number of attention heads, {config.num_attention_heads}, is not a multiple of {size}"
     if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
@@ -124,6 +134,35 @@ def _obstacles(trainer: Any, arguments: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is a stream"
 
 
+def _rotations(model: nn.Module) -> list[nn.Module]:
+    """The modules whose angles depend on the largest position that they are given, as transformers makes them."""
+    found = []
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        if not _ROTATIONS.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            found.append(module)
+    return found
+
+
+def _add_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before such a module: give it the largest position of all ranks too."""
+    divided = current()
+    if divided is None:
+        return None
+    names = ("x", "position_ids", *range(2, len(args)))
+    call = {**dict(zip(names, args)), **kwargs}
+    positions = call["position_ids"]
+    last = positions.new_full((positions.shape[0], 1), divided.division.last)
+    return (call["x"], torch.cat([positions, last], 1), *args[2:]), {
+        name: value for name, value in kwargs.items() if name not in names
+    }
+
+
+def _drop_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """After it: forget the angles of that position."""
+    return None if current() is None else tuple(x[:, :-1].contiguous() for x in output)
+
+
 def install(trainer: Any) -> None:
     """After the construction: give the ranks of a group the same rows, and each its share of their tokens.
 
@@ -149,6 +188,9 @@ def install(trainer: Any) -> None:
     vars(trainer)[_INSTALLED] = group
     for name in _LOADERS:
         change_loader(trainer, f"get_{name}_dataloader", functools.partial(_divided, group, training=name == "train"))
+    for module in _rotations(trainer.model):
+        module.register_forward_pre_hook(_add_last, with_kwargs=True)
+        module.register_forward_hook(_drop_last)
     _divide_loss(trainer, group)
 
 

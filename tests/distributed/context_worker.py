@@ -61,12 +61,18 @@ def windowed(kind: str, **config: Any) -> Any:
     return tiny(kind, config={"sliding_window": 8, "head_dim": 16} | config)
 
 
-def loaded(folder: Path) -> Any:
-    """A model in 4 bits."""
+def turning(kind: str, **factors: Any) -> Any:
+    """One whose angles depend on whether the longest row has more than 24 tokens."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 24}
+    return tiny(config={"rope_parameters": rope | factors, "max_position_embeddings": 24 if kind == "dynamic" else 48})
+
+
+def loaded(folder: Path, config: MultiGPUConfig | None = None) -> Any:
+    """A model in 4 bits, of which the loader is told how it will train."""
     if distributed.is_main_process():
         save_tiny(folder / "tiny")
     distributed.barrier()
-    return tiny_qlora(folder / "tiny")
+    return tiny_qlora(folder / "tiny", config)
 
 
 class OfTheRank(DataCollatorForLanguageModeling):
@@ -123,6 +129,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         ),
         "options": SGD | UNBALANCED,
     },
+    "long rows turn otherwise": {
+        "model": lambda: turning("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+        "options": PADDED,
+    },
+    "longer rows turn less": {"model": lambda: turning("dynamic"), "options": PADDED},
     "recomputed": {"model": tiny, "checkpointing": True},
     "recomputed around attention": {"model": tiny, "checkpointing": True, "level": Level(Keep.ATTENTION)},
     "recomputed inner part": {"model": tiny, "checkpointing": True, "level": Level(Keep.RESIDUAL)},
@@ -130,6 +141,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded full": {"model": lambda: tiny(lora=False), "options": SGD | {"fsdp": True}, "checkpointing": True},
     "4 bits": {"model": loaded},
     "4 bits, sharded": {"model": loaded, "options": {"fsdp": True}},
+    "4 bits, loaded in shards": {"model": loaded, "strategy": "fsdp", "kind": "SFTTrainer"},
 }
 
 # On GPUs alone: thousands of tokens in half precision, through the kernels, with activations planned by measuring.
@@ -147,10 +159,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {"model": lambda: tiny(config={"num_attention_heads": 1, "num_key_value_heads": 1})},
         "attention heads, 1, is not a multiple of 2",
-    ),
-    "angles of the whole": (
-        {"model": lambda: tiny(config={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})},
-        "the angles of dynamic positions depend on the longest sequence",
     ),
     "other layers": ({"model": lambda: with_layer("linear_attention")}, "layers of linear_attention"),
     "experts' balance": (
@@ -232,22 +240,25 @@ def trained(name: str, folder: Path, size: int = 1) -> Any:
     scenario = defaults | (SCENARIOS | OF_GPUS)[name]
     model, folder = scenario["model"], folder / f"{name} by {size}"
     options = {"max_steps": scenario["steps"], "lr_scheduler_type": "constant"} | scenario["options"]
-    keywords: dict[str, Any] = {}
-    if size > 1:
-        keywords["trainer_options"] = {"multi_gpu_config": MultiGPUConfig(context_parallel=size)}
-    else:
+    keywords: dict[str, Any] = {"kind": "PantheraMLDistributedTrainer"}
+    config = None
+    if size == 1:
         options.pop("fsdp", None)
+    elif "strategy" in scenario:
+        config = MultiGPUConfig(context_parallel=size, strategy=scenario["strategy"])
+        keywords["kind"] = scenario["kind"]
+    else:
+        keywords["trainer_options"] = {"multi_gpu_config": MultiGPUConfig(context_parallel=size)}
     fixed = dict(activations._FIXED)
     if "level" in scenario:
         activations._FIXED["recompute"] = scenario["level"]
-    made = model(folder) if model is loaded else model()
+    made = loaded(folder, config) if model is loaded else model()
     record_of(made).gradient_checkpointing = scenario["checkpointing"]
     try:
         trainer, _ = train(
             folder,
             ranks=distributed.get_world_size() // size,
             accumulation=scenario["accumulation"],
-            kind="PantheraMLDistributedTrainer",
             model=made,
             options=options,
             rows=scenario["rows"](),

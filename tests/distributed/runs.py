@@ -129,9 +129,10 @@ def save_tiny(folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
 
 
-def tiny_qlora(folder: Path) -> Any:
+def tiny_qlora(folder: Path, config: Any = None) -> Any:
     """The model of a folder in nf4, with adapters."""
     from pantheraml import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=64, load_in_4bit=True, dtype=torch.float32)
+    options = {"max_seq_length": 64, "load_in_4bit": True, "dtype": torch.float32, "multi_gpu_config": config}
+    model, _ = FastLanguageModel.from_pretrained(str(folder), **options)
     return FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "v_proj", "down_proj"])
