@@ -7,6 +7,7 @@ last bit. Here is decided how much it reads at a time, and what stays of it on t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,10 @@ from .. import log
 from ..errors import UnsupportedError
 from ..parallel import parts
 
+# Without a default before transformers 5.17.
+_REQUIRED = {
+    name: None for name in ("tp_plan",) if name in inspect.signature(convert_and_load_state_dict_in_model).parameters
+}
 # A layer of a checkpoint: everything up to the first number in a tensor's name.
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 
@@ -99,7 +104,7 @@ def _stream(model: Any, files: Sequence[str], load_config: Any, ranks: DeviceMes
         for names in layers_of(slices, expected):
             tensors = {name: slices[name] for name in names}
             info, _ = convert_and_load_state_dict_in_model(
-                model=model, state_dict=tensors, load_config=load_config, disk_offload_index=None
+                model=model, state_dict=tensors, load_config=load_config, **_REQUIRED
             )
             parts.divide(model, [name for name in expected if name not in info.missing_keys], ranks)
             total = info if total is None else _joined(total, info)

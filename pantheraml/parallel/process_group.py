@@ -286,6 +286,26 @@ def gather_objects(obj: T) -> list[T]:
     return held
 
 
+def tell_number(name: str, number: float) -> list[float]:
+    """Put a number where all ranks see it, and look at what they have put there; nobody waits for anybody.
+
+    Args:
+        name: What the number is.
+        number: This rank's.
+
+    Returns:
+        On the main process the last number of every rank, in their order, once all have told one; else nothing.
+    """
+    if not is_grouped() or dist.get_world_size() == 1:
+        return [number]
+    try:
+        store, keys = _store(), [f"pantheraml/{name}/{rank}" for rank in range(dist.get_world_size())]
+        store.set(keys[get_rank()], repr(number))
+        return [float(store.get(key)) for key in keys] if get_rank() == 0 and store.check(keys) else []
+    except (dist.DistStoreError, dist.DistNetworkError):  # the host of the store is gone
+        return []
+
+
 def all_reduce_scalar(scalar: float | torch.Tensor, average: bool = True) -> float:
     """The mean (or the sum) of a number over all ranks, in float64; without a launch, the number itself.
 

@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .. import device, log
+from ..parallel.process_group import tell_number
 from .steps import StepWatch
+from .utilisation import ceiling
 
 FILE = "metrics.jsonl"
 # Name in the log of transformers and TRL -> name in the file.
@@ -25,9 +27,11 @@ class MetricsWriter(TrainerCallback):
     """Writes ``metrics.jsonl`` in the output folder on the main rank, and keeps its lines for the report.
 
     Each line has ``step``, ``epoch``, ``time`` (seconds since training began), ``loss``, ``grad_norm``, ``lr``,
-    ``tokens`` (of all ranks since training began), ``tokens_per_second`` (since the last line), ``memory_gib`` (peak of
-    this rank's device; of the process on a CPU), and whatever else the trainer logs. Numbers that are not finite are
-    written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which JSON has no numbers for.
+    ``tokens`` (of all ranks since training began), ``tokens_per_second`` (of all ranks since the last line), ``mfu``
+    (the share of the devices' peak that products with the weights take, where the device is known and computes in 16
+    bits), ``memory_gib`` (peak of this rank's device; of the process on a CPU), and whatever else the trainer logs. Of
+    several ranks there are ``ranks`` and ``memory_gib_of_ranks`` (what each told last) too. Numbers that are not finite
+    are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which JSON has no numbers for.
 
     A new run starts a new file; a resumed one goes on behind the step that it resumes from.
 
@@ -43,6 +47,7 @@ class MetricsWriter(TrainerCallback):
         self._start = self._last = time.perf_counter()
         self._last_tokens = 0
         self._failed = False
+        self._ceiling: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -60,6 +65,8 @@ class MetricsWriter(TrainerCallback):
         self._last_tokens = self._watch.trained_tokens = 0
         self._failed = False
         self.entries = []
+        model = kwargs.get("model")
+        self._ceiling = None if model is None else ceiling(model, args, device.get_device())
         if not state.is_world_process_zero:
             return
         self._path = Path(args.output_dir) / FILE
@@ -69,7 +76,12 @@ class MetricsWriter(TrainerCallback):
         self._write(self.entries, "w")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write one line, and put tokens per second and memory into the log for whoever reads it after this."""
+        """Write one line. The other ranks tell the main one their memory."""
+        ranks = getattr(args, "world_size", 1) if device.get_device().type != "xla" else 1
+        memory, of_ranks = 0.0, []
+        if logs is not None and "loss" in logs:
+            memory = device.get_gpu_memory_stats()[1]
+            of_ranks = tell_number("memory", memory) if ranks > 1 else []
         if self._path is None or logs is None or _SUMMARY in logs:
             return
         now, tokens = time.perf_counter(), self._watch.trained_tokens
@@ -77,8 +89,15 @@ class MetricsWriter(TrainerCallback):
         entry |= {_NAMES.get(name, name): value for name, value in logs.items()}
         if "loss" in logs:
             entry["tokens"] = tokens
-            entry["tokens_per_second"] = round((tokens - self._last_tokens) / max(now - self._last, 1e-9), 1)
-            entry["memory_gib"] = round(device.get_gpu_memory_stats()[1], 3)
+            rate = (tokens - self._last_tokens) / max(now - self._last, 1e-9)
+            entry["tokens_per_second"] = round(rate, 1)
+            if self._ceiling is not None:
+                entry["mfu"] = round(rate / ranks / self._ceiling, 4)
+            entry["memory_gib"] = round(memory, 3)
+            if ranks > 1:
+                entry["ranks"] = ranks
+            if of_ranks:
+                entry["memory_gib_of_ranks"] = [round(value, 3) for value in of_ranks]
             self._last, self._last_tokens = now, tokens
         self.entries.append(entry)
         self._write([entry], "a")
@@ -103,6 +122,8 @@ def _line(entry: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, bool | int | str) or value is None:
         return value
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, float):

@@ -17,6 +17,7 @@ from ..device import get_device
 from ..parallel import xla
 from .metrics import MetricsWriter
 from .ranks import context_size
+from .utilisation import numbers_in
 
 # What transformers shows by default; a notebook's own table stays.
 REPLACED = (ProgressCallback, PrinterCallback)
@@ -91,15 +92,18 @@ class TrainingProgress(TrainerCallback):
 
 
 def figures_of(entry: Mapping[str, Any], seconds_left: float) -> str:
-    """The figures of one line of ``metrics.jsonl`` in words."""
+    """The figures of one line of ``metrics.jsonl`` in words; of several ranks the lowest and the highest memory."""
     parts = [f"loss {float(entry['loss']):.4f}"]
     if "lr" in entry:
         parts.append(f"lr {entry['lr']:.2e}")
-    parts += [
-        f"{entry['tokens_per_second']:,.0f} tokens/s",
-        f"{entry['memory_gib']:.1f} GiB",
-        f"{duration(seconds_left)} left",
-    ]
+    rate, ranks = entry["tokens_per_second"], entry.get("ranks", 1)
+    parts.append(f"{rate:,.0f} tokens/s" + (f" ({rate / ranks:,.0f} a rank)" if ranks > 1 else ""))
+    if "mfu" in entry:
+        parts.append(f"{entry['mfu']:.1%} MFU")
+    held = entry.get("memory_gib_of_ranks") or [entry["memory_gib"]]
+    lowest, highest = f"{min(held):.1f}", f"{max(held):.1f}"
+    parts.append(f"{highest} GiB" if lowest == highest else f"{lowest} to {highest} GiB a rank")
+    parts.append(f"{duration(seconds_left)} left")
     return " | ".join(parts)
 
 
@@ -136,10 +140,9 @@ def banner(args: Any, state: Any, model: nn.Module | None, dataloader: Any) -> s
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """``(trained, all)`` parameters, shared ones once; a quantised weight counts the numbers that it stands for."""
-    trained = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else state.shape.numel()
-        total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total
+    counts: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter not in counts:
+                counts[parameter] = numbers_in(module, parameter)
+    return sum(count for p, count in counts.items() if p.requires_grad), sum(counts.values())

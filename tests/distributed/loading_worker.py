@@ -24,6 +24,7 @@ from pantheraml import FastLanguageModel, MultiGPUConfig, add_new_tokens, distri
 from pantheraml.errors import PantheraMLError
 from pantheraml.models import stream
 from pantheraml.parallel import fsdp, parts
+from pantheraml.training.progress import parameter_counts
 
 torch.set_num_threads(1)
 
@@ -112,6 +113,7 @@ def trained(name: str, kind: str, config: MultiGPUConfig | None, **options: Any)
         "in parts": came_in_parts,
         "sharded": fsdp.is_sharded(trainer.model) and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "environment": os.environ.get("ACCELERATE_USE_FSDP"),
+        "parameters": parameter_counts(trainer.model),
         "padding-free": trainer.padding_free,
         "eval": trainer.evaluate()["eval_loss"],
         "trained": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from launching import DEVICES, launch_once, of
@@ -133,6 +135,20 @@ def test_documents_are_measured_apart_before_they_are_packed(two):
 def test_a_sharded_trainer_does_not_tell_later_ones_to_shard(two):
     for facts in two.facts:
         assert facts["lora"]["environment"] is None
+
+
+def test_the_log_tells_speed_and_memory_of_every_rank(two):
+    lines = (two.folder / "runs" / "lora" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-2])  # the last one is of the evaluation
+    assert last["ranks"] == 2
+    assert len(last["memory_gib_of_ranks"]) == 2
+    assert min(last["memory_gib_of_ranks"]) > 0
+    assert "a rank)" in two.told
+
+
+def test_packed_weights_count_the_numbers_that_they_stand_for(two):
+    for facts in two.facts:
+        assert facts["nf4"]["parameters"] == facts["lora"]["parameters"]
 
 
 @pytest.mark.parametrize(

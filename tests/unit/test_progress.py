@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_tiny
 from rich.console import Console
 from torch import nn
 
+from pantheraml.device import get_device
 from pantheraml.training.metrics import MetricsWriter
 from pantheraml.training.progress import TrainingProgress, banner, duration, figures_of, parameter_counts
+from pantheraml.training.utilisation import ceiling, flops_per_token, peak_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -145,3 +149,58 @@ def test_the_banner_says_what_is_trained():
     state.num_train_epochs = 2**63 - 1
     stream = banner(args, state, nn.Linear(2, 2), SimpleNamespace(dataset=iter(())))
     assert stream.startswith("training on a stream of examples, 1,000 steps")
+
+
+def test_figures_of_several_ranks():
+    entry = {"loss": 1.0, "tokens_per_second": 3000.0, "mfu": 0.4123, "memory_gib": 10.04, "ranks": 2}
+    told = figures_of(entry | {"memory_gib_of_ranks": [10.04, 12.0]}, 0)
+    assert told == "loss 1.0000 | 3,000 tokens/s (1,500 a rank) | 41.2% MFU | 10.0 to 12.0 GiB a rank | 0:00 left"
+    assert "| 10.0 GiB |" in figures_of(entry | {"memory_gib_of_ranks": [10.04, 10.01]}, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121.0),
+        ("Tesla T4", 65.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("a processor", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(name, teraflops):
+    device = dataclasses.replace(get_device(), name=name)
+    assert peak_of(device) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_operations_of_a_token_are_those_of_the_weights_it_is_multiplied_with():
+    model = make_tiny("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=384)
+    head = 384 * 64
+    layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert flops_per_token(model) == 6 * (head + layers)
+    model.requires_grad_(False)
+    assert flops_per_token(model) == 4 * (head + layers)
+    tied = make_tiny("llama", tie_word_embeddings=True)
+    assert flops_per_token(tied) == 6 * (head + layers)
+    experts = make_tiny(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, num_hidden_layers=1
+    )
+    attention, router = 64 * 64 * 2 + 64 * 32 * 2, 64 * 4
+    assert flops_per_token(experts) == 6 * (head + attention + router + 2 * 3 * 64 * 32)
+
+
+def test_the_ceiling_is_known_for_products_of_16_bits():
+    model, device = make_tiny("llama"), dataclasses.replace(get_device(), name="NVIDIA L4")
+    assert ceiling(model, SimpleNamespace(bf16=True, fp16=False), device) == 121e12 / flops_per_token(model)
+    assert ceiling(model, SimpleNamespace(bf16=False, fp16=False), device) is None
+    assert ceiling(model, SimpleNamespace(bf16=True, fp16=False), get_device()) is None
+
+
+def test_a_sharded_4_bit_weight_counts_the_numbers_that_it_stands_for():
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    vars(layer)["quant_state"] = SimpleNamespace(shape=torch.Size([4, 4]))
+    assert parameter_counts(layer) == (0, 16)
