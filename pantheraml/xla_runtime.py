@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 INSTALL = "pip install 'pantheraml[tpu]'"
-# An axis of a tensor: the mesh axis that divides it, or None for one that stays whole.
-Spec = tuple[str | None, ...]
+# For each axis of a tensor the mesh axis that divides it, or several, or None for one that stays whole.
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
 def is_installed() -> bool:

@@ -290,30 +290,46 @@ def shard_spec(
     Args:
         shape: The weight's.
         mesh: Devices along each mesh axis.
-        minimum: Weights with fewer elements are not divided.
+        minimum: Weights with fewer elements are not divided along ``fsdp``.
         tensor_axis: Axis that ``tensor`` divides, or None.
     """
     spec: list[str | None] = [None] * len(shape)
-    if math.prod(shape) < minimum or len(shape) < 2:
+    if len(shape) < 2:
         return tuple(spec)
     tensor, fsdp = mesh.get(TENSOR, 1), mesh[FSDP]
     if tensor_axis is not None and tensor > 1 and shape[tensor_axis] % tensor == 0:
         spec[tensor_axis] = TENSOR
     free = [axis for axis, name in enumerate(spec) if name is None and shape[axis] % fsdp == 0]
-    if fsdp > 1 and free:
+    if fsdp > 1 and free and math.prod(shape) >= minimum:
         spec[max(free, key=lambda axis: shape[axis])] = FSDP
     return tuple(spec)
 
 
+def vocabulary_spec(shape: Sequence[int], mesh: dict[str, int], minimum: int) -> xla_runtime.Spec:
+    """How an embedding or a head is divided: its vocabulary, over all devices where they divide it.
+
+    The arguments are those of ``shard_spec``.
+    """
+    if mesh.get(TENSOR, 1) > 1 and math.prod(shape) >= minimum and shape[0] % math.prod(mesh.values()) == 0:
+        return ((FSDP, TENSOR), *[None] * (len(shape) - 1))
+    return shard_spec(shape, mesh, minimum, 0)
+
+
 def _tensor_axis(name: str, plan: dict[str, str]) -> int | None:
-    """The axis of a weight that tensor parallelism divides; ``plan`` maps patterns of module names to styles."""
+    """The axis of a weight that tensor parallelism divides; ``plan`` maps patterns of module names to styles.
+
+    Of an adapter that is the axis that it shares with the weight's.
+    """
     module, _, kind = name.rpartition(".")
     if kind != "weight":
         return None
     parts = [part for part in module.split(".") if part not in ("base_model", "base_layer")]
+    adapter = next((part for part in parts if part in ("lora_A", "lora_B")), None)
+    layer = ".".join(parts if adapter is None else parts[: parts.index(adapter)])
     for pattern, style in plan.items():
-        if style in _TENSOR_AXES and fnmatch.fnmatchcase(".".join(parts), f"*{pattern}"):
-            return _TENSOR_AXES[style]
+        if style in _TENSOR_AXES and fnmatch.fnmatchcase(layer, f"*{pattern}"):
+            axis = _TENSOR_AXES[style]
+            return axis if adapter in (None, ("lora_B", "lora_A")[axis]) else None
     return None
 
 
@@ -335,7 +351,9 @@ def place(model: nn.Module) -> nn.Module:
         **(getattr(model, "_tp_plan", None) or {}),
         **(getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}),
     }
+    _tell_divided_heads(model, mesh.shape.get(TENSOR, 1))
     moved: dict[int, nn.Parameter] = {}
+    minimum, head = config.min_shard_elements, _head_modules(model)
     for module_name, module in model.named_modules():
         for kind, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -344,8 +362,10 @@ def place(model: nn.Module) -> nn.Module:
                 name = f"{module_name}.{kind}" if module_name else kind
                 moved[id(parameter)] = _placed(parameter, device)
                 if config.auto_device_map and not xla_runtime.sharding(moved[id(parameter)]):
-                    axis = _tensor_axis(name, plan)
-                    spec = shard_spec(parameter.shape, dict(mesh.shape), config.min_shard_elements, axis)
+                    if parameter.dim() == 2 and (isinstance(module, nn.Embedding) or id(module) in head):
+                        spec = vocabulary_spec(parameter.shape, dict(mesh.shape), minimum)
+                    else:
+                        spec = shard_spec(parameter.shape, dict(mesh.shape), minimum, _tensor_axis(name, plan))
                     if any(spec):
                         mesh.shard(moved[id(parameter)], spec)
                         vars(moved[id(parameter)])[_SPEC] = spec
@@ -353,8 +373,31 @@ def place(model: nn.Module) -> nn.Module:
         for kind, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[kind] = buffer.to(device)
-    _gather_in_forward(model, mesh)
+    for module in model.modules():
+        if type(module).forward is nn.Linear.forward and "forward" not in vars(module) and id(module) not in head:
+            spec = vars(module.weight).get(_SPEC, ())
+            # An adapter that is divided as its layer's features are needs nothing.
+            if FSDP in spec or (TENSOR in spec and not module.weight.requires_grad):
+                module.__dict__[_MESH] = mesh
+                module.__dict__["forward"] = types.MethodType(_linear, module)
     return model
+
+
+def _tell_divided_heads(model: nn.Module, tensor: int) -> None:
+    heads = getattr(getattr(model, "config", None), "num_key_value_heads", None)
+    if tensor > 1 and isinstance(heads, int) and heads % tensor:
+        log.once(
+            f"the mesh divides {heads} key and value heads by {tensor}: parts of heads are put together again in each "
+            f"layer; let the axis {TENSOR!r} divide their number",
+            key="tpu heads",
+            warn=True,
+        )
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    """Ids of the output head's modules, whose weight stays divided along the vocabulary."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return {id(module) for module in head.modules()} if head is not None else set()
 
 
 class _DividedLinear(torch.autograd.Function):
@@ -379,7 +422,12 @@ class _DividedLinear(torch.autograd.Function):
         whole = _gathered(weight, mesh, spec, after=recomputed)
         # A recomputed layer's backward follows at once.
         ctx.whole = None if recomputed is None else whole
-        return nn.functional.linear(hidden, whole, bias)
+        out = nn.functional.linear(hidden, whole, bias)
+        if TENSOR in spec:
+            # Features are divided between a pair of layers and nowhere else.
+            features = TENSOR if spec[0] == TENSOR else None
+            out = mesh.constrained(out, (FSDP, *[None] * (out.dim() - 2), features))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -410,18 +458,6 @@ def _linear(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     if spec is None:  # Somebody gave the layer another weight.
         return nn.functional.linear(hidden, self.weight, self.bias)
     return _DividedLinear.apply(hidden, self.weight, self.bias, mesh, spec)
-
-
-def _gather_in_forward(model: nn.Module, mesh: xla_runtime.Mesh) -> None:
-    """Let the linear layers gather their weights, but for the head, whose vocabulary stays divided."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    kept = {id(module) for module in head.modules()} if head is not None else set()
-    for module in model.modules():
-        if type(module).forward is nn.Linear.forward and "forward" not in vars(module) and id(module) not in kept:
-            spec = vars(module.weight).get(_SPEC)
-            if spec is not None and FSDP in spec:
-                module.__dict__[_MESH] = mesh
-                module.__dict__["forward"] = types.MethodType(_linear, module)
 
 
 def _placed(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -83,10 +83,25 @@ def test_a_config_keeps_what_it_was_given():
         ((1024, 512), {"fsdp": 4, "tensor": 2}, 1, ("fsdp", "tensor")),
         ((1024, 512), {"fsdp": 4, "tensor": 2}, None, ("fsdp", None)),
         ((64, 1024, 512), {"fsdp": 8}, None, (None, "fsdp", None)),
+        # What is too small for fsdp still follows the features of its layer.
+        ((16, 16), {"fsdp": 4, "tensor": 2}, 1, (None, "tensor")),
     ],
 )
 def test_how_a_weight_is_divided(shape, mesh, axis, expected):
     assert xla.shard_spec(shape, mesh, 4096, axis) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "mesh", "expected"),
+    [
+        ((1024, 512), {"fsdp": 4, "tensor": 2}, (("fsdp", "tensor"), None)),
+        ((1004, 512), {"fsdp": 4, "tensor": 2}, ("tensor", "fsdp")),
+        ((1001, 512), {"fsdp": 4, "tensor": 2}, (None, "fsdp")),
+        ((1024, 512), {"fsdp": 8, "tensor": 1}, ("fsdp", None)),
+    ],
+)
+def test_a_vocabulary_is_divided_over_all_devices(shape, mesh, expected):
+    assert xla.vocabulary_spec(shape, mesh, 4096) == expected
 
 
 def test_tensor_axes_are_those_of_the_architecture():
@@ -94,7 +109,11 @@ def test_tensor_axes_are_those_of_the_architecture():
     assert xla._tensor_axis("base_model.model.model.layers.3.self_attn.q_proj.base_layer.weight", plan) == 0
     assert xla._tensor_axis("model.layers.0.mlp.down_proj.weight", plan) == 1
     assert xla._tensor_axis("model.layers.0.mlp.gate_proj.weight", plan) is None
+    # An adapter is divided where it meets the features that its layer divides.
     assert xla._tensor_axis("model.layers.0.self_attn.q_proj.lora_A.default.weight", plan) is None
+    assert xla._tensor_axis("model.layers.0.self_attn.q_proj.lora_B.default.weight", plan) == 0
+    assert xla._tensor_axis("base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weight", plan) == 1
+    assert xla._tensor_axis("model.layers.0.mlp.down_proj.lora_B.default.weight", plan) is None
     assert xla._tensor_axis("model.layers.0.self_attn.q_proj.bias", plan) is None
 
 

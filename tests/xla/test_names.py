@@ -7,6 +7,7 @@ import os
 import psutil
 import pytest
 import torch
+import torch_xla
 from trl import SFTTrainer
 
 import pantheraml
@@ -14,7 +15,7 @@ from pantheraml import MultiTPUConfig, PantheraMLTPUTrainer, log, xla_runtime
 from pantheraml.errors import ArgumentError, ConfigError, ConflictError, NonFiniteError, UnsupportedError
 from pantheraml.parallel import xla
 
-from .support import Recorder, arguments, load, ragged, trained
+from .support import Recorder, arguments, load, ragged, record_batches, reference, trained
 
 CORES = xla_runtime.device_count()
 
@@ -115,32 +116,65 @@ def test_what_xla_devices_cannot_do_is_refused(tiny_llama_dir, tmp_path):
         PantheraMLTPUTrainer(model=model, args=arguments(tmp_path), tpu_config={"num_cores": 8}, **data)
 
 
-def test_a_mesh_with_a_tensor_axis_trains_alike(tiny_llama_dir, tmp_path, monkeypatch, capsys):
-    options = {"max_steps": 5, "gradient_accumulation_steps": 2, "logging_steps": 5}
-    results = []
-    for shape in ((CORES, 1), (CORES // 4 or 1, 4 if CORES > 1 else 1)):
-        pantheraml.cleanup_tpu_training()
-        config = MultiTPUConfig(mesh_shape=shape, min_shard_elements=1024, use_gradient_checkpointing=False)
-        pantheraml.setup_tpu_training(config)
-        model, tokenizer = load(tiny_llama_dir)
-        args = arguments(tmp_path, per_device_train_batch_size=8 // shape[0], **options)
-        trainer = PantheraMLTPUTrainer(
-            model=model, args=args, train_dataset=ragged(), processing_class=tokenizer, tpu_config=config
-        )
-        recorder = Recorder(trainer)
-        trainer.train()
-        results.append((recorder.losses, trained(model)))
-        spec = xla_runtime.sharding(model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight)
-        assert bool(spec) is (CORES > 1)
+def test_a_mesh_with_a_tensor_axis_trains_as_plain_torch(tiny_llama_dir, tmp_path, monkeypatch, capsys):
+    pantheraml.cleanup_tpu_training()
+    shape = (CORES // 2, 2) if CORES > 1 else (1, 1)
+    config = MultiTPUConfig(mesh_shape=shape, min_shard_elements=2048, use_gradient_checkpointing=False)
+    pantheraml.setup_tpu_training(config)
+    batches = record_batches(monkeypatch)
+    model, tokenizer = load(tiny_llama_dir)
+    start = dict(zip(model.state_dict(), xla_runtime.read(list(model.state_dict().values())), strict=True))
+    start = {name: value.clone() for name, value in start.items()}
+    args = arguments(tmp_path, per_device_train_batch_size=8 // shape[0], max_steps=10, gradient_accumulation_steps=2)
+    trainer = PantheraMLTPUTrainer(
+        model=model, args=args, train_dataset=ragged(), processing_class=tokenizer, tpu_config=config
+    )
+    recorder = Recorder(trainer)
+    trainer.train()
+    assert {batch["input_ids"].shape[0] for batch in batches} == {8}
+    losses, weights = reference(start, batches, args)
+    torch.testing.assert_close(recorder.losses, losses, rtol=0, atol=1e-5)
+    for name, weight in trained(model).items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4, msg=name)
+    if CORES > 1:
+        held = shares(model)
+        attention, mlp = "self_attn.{}.base_layer.weight", "mlp.{}.base_layer.weight"
+        for name in (
+            *map(attention.format, ("q_proj", "k_proj", "v_proj")),
+            *map(mlp.format, ("gate_proj", "up_proj")),
+        ):
+            assert held[name] == (1 / 2, 1 / shape[0]), name
+        for name in (attention.format("o_proj"), mlp.format("down_proj")):
+            assert held[name] == (1 / shape[0], 1 / 2), name
+        # Adapters are divided as the features that they meet, and no further.
+        assert held["mlp.gate_proj.lora_A.default.weight"] == held["mlp.down_proj.lora_B.default.weight"] == (1, 1)
+        assert held["mlp.gate_proj.lora_B.default.weight"] == (1 / 2, 1)
+        assert held["mlp.down_proj.lora_A.default.weight"] == (1, 1 / 2)
+        assert held["embed_tokens.weight"] == (1 / CORES, 1)
     assert trainer.get_model_memory_usage()["tpu_core"]["world_size"] == CORES
     assert trainer.get_performance_metrics()["executions"] > 10
     trainer.print_memory_stats()
     assert f"core 0 of {CORES}" in capsys.readouterr().err
-    (losses, weights), (others, other_weights) = results
-    torch.testing.assert_close(losses, others, rtol=0, atol=1e-5)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=1e-4, msg=name)
     trainer.cleanup()
+
+
+@pytest.mark.skipif("CORES == 1", reason="one device is not divided")
+def test_a_tensor_axis_that_divides_heads_is_told(tiny_llama_dir, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_told", set())
+    pantheraml.setup_tpu_training(MultiTPUConfig(mesh_shape=(CORES // 4, 4)))
+    load(tiny_llama_dir)
+    assert "divides 2 key and value heads by 4" in caplog.text
+
+
+def shares(model):
+    """Of the first layer's weights, and the embedding's, the part that a device holds along each axis."""
+    held = {}
+    for name, weight in model.named_parameters():
+        if ".layers.0." in name or "embed_tokens" in name:
+            part = torch_xla._XLAC._get_local_shards([weight])[0][0][0]
+            short = name.rpartition("layers.0.")[2].removeprefix("base_model.model.model.")
+            held[short] = tuple(p / whole for p, whole in zip(part.shape, weight.shape, strict=True))
+    return held
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_llama_dir, tmp_path):
