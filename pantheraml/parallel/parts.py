@@ -63,7 +63,8 @@ def divide(model: nn.Module, names: Iterable[str], ranks: DeviceMesh) -> None:
 
     Args:
         model: The model.
-        names: Names of its parameters. Those that are divided already, have no rows or are on no device are left.
+        names: Names of its parameters. Those that are divided already or are on no device are left, and so are vectors,
+            which take no room and which adaptation looks at.
         ranks: What ``mesh`` gave.
     """
     divided: dict[int, nn.Parameter] = {}
@@ -71,7 +72,7 @@ def divide(model: nn.Module, names: Iterable[str], ranks: DeviceMesh) -> None:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = owner._parameters.get(leaf)
-        if parameter is None or isinstance(parameter, DTensor) or parameter.is_meta or parameter.dim() == 0:
+        if parameter is None or isinstance(parameter, DTensor) or parameter.is_meta or parameter.dim() < 2:
             continue
         if id(parameter) not in divided:
             about = dict(vars(parameter))

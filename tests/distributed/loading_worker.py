@@ -57,17 +57,23 @@ KINDS: dict[str, dict[str, Any]] = {
         "load": {"load_in_4bit": True},
         "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     },
+    "sinks": {
+        "family": "gpt_oss",
+        "config": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+        "load": {"load_in_4bit": True},
+        "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    },
     "windows": {
         "family": "gemma3_text",
         "config": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
         "load": {"load_in_4bit": False},
         "lora": LORA,
     },
-    # Stock attention, since in shards nobody can measure whether another computes the same.
+    # Stock transformers runs it with eager attention.
     "soft caps": {
         "family": "gemma2",
         "config": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
-        "load": {"load_in_4bit": False, "attn_implementation": "eager"},
+        "load": {"load_in_4bit": False},
         "lora": LORA,
     },
 }
@@ -114,6 +120,8 @@ def trained(name: str, kind: str, config: MultiGPUConfig | None, **options: Any)
         "sharded": fsdp.is_sharded(trainer.model) and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "environment": os.environ.get("ACCELERATE_USE_FSDP"),
         "parameters": parameter_counts(trainer.model),
+        "attention": trainer.model.config._attn_implementation,
+        "adapted": model.adapt_report.summary(),
         "padding-free": trainer.padding_free,
         "eval": trainer.evaluate()["eval_loss"],
         "trained": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),

@@ -10,7 +10,19 @@ from launching import DEVICES, launch_once, of
 from transformers import AutoModelForCausalLM
 
 WAYS = ["lora", "full", "nf4"]
-KINDS = [*WAYS, "tied", "nf4 already", "bf16", "odd", "embeddings", "new tokens", "experts", "windows", "soft caps"]
+KINDS = [
+    *WAYS,
+    "tied",
+    "nf4 already",
+    "bf16",
+    "odd",
+    "embeddings",
+    "new tokens",
+    "experts",
+    "windows",
+    "soft caps",
+    "sinks",
+]
 
 # The first test waits for both launches.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
@@ -50,7 +62,8 @@ def check(launched, run: str, due: str) -> None:
         same(of(launched.weights[rank], run), of(launched.weights[rank], due), launched, trained=trained)
         for figure in ("losses", "eval"):
             assert facts[run][figure] == pytest.approx(facts[due][figure], abs=10 * ROUNDING[launched.device])
-        assert facts[run]["trained"] == facts[due]["trained"]
+        for fact in ("trained", "attention", "adapted"):
+            assert facts[run][fact] == facts[due][fact]
         assert facts[run]["padding-free"] == facts[due]["padding-free"]
 
 

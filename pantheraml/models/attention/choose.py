@@ -17,7 +17,9 @@ from ... import log
 from ...device import Device, get_device
 from ...errors import UnsupportedError
 from ...parallel.parts import in_parts
+from ..layers.attention import plan
 from ..probe import FOREIGN_ERRORS
+from ..roles import Role, find_roles
 from . import table, xla
 from .documents import whole_rows
 from .interface import NAME, attention_forward, attention_mask
@@ -114,16 +116,10 @@ def _features_of_eager(model: Any) -> dict[str, bool] | None:
     """
     if model._supports_sdpa or not model._supports_attention_backend:
         return None
-    if in_parts(model):
-        log.once(
-            f"attention: eager, since {type(model).__name__} in shards cannot be measured; "
-            f"attn_implementation={NAME!r} insists on the fused one"
-        )
-        return None
     if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
         return None
     try:
-        calls = _recorded(model)
+        calls = _learnt(model) if in_parts(model) else _recorded(model)
         if not calls or not all(_agree(module, keywords) for module, keywords in calls):
             return None
     except FOREIGN_ERRORS as error:
@@ -157,6 +153,20 @@ def _recorded(model: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
         del ALL_ATTENTION_FUNCTIONS[_RECORDER], ALL_MASK_ATTENTION_FUNCTIONS[_RECORDER]
         for module, training in modes:
             module.training = training
+    return calls
+
+
+def _learnt(model: Any) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The same of a model that cannot run: each layer is asked by itself, with other weights; none where one is odd."""
+    asked = [candidate.module for candidate in find_roles(model) if candidate.role is Role.ATTENTION]
+    if any("Attention" in type(module).__name__ and module not in asked for module in model.modules()):
+        return []
+    calls = []
+    for module in asked:
+        swap = plan(module)
+        if isinstance(swap, str):
+            return []
+        calls.append((module, swap.plan.keywords(module)))
     return calls
 
 
