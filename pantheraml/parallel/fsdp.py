@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .._compat.fsdp import integers_allowed
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from .parts import FOUR_BIT, STATE, allow_use, gather, in_parts, store_four_bit_plainly
@@ -72,17 +73,22 @@ def shard(
     }
     for layer in layers:
         gather([layer])
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+        _unit(layer, reshard_after_forward=reshard_after_forward, **options)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and head.weight is embedding.weight
     if not tied and type(embedding) is nn.Embedding and embedding._parameters:
         gather([embedding])
-        fully_shard(embedding, reshard_after_forward=reshard_after_forward, **options)
+        _unit(embedding, reshard_after_forward=reshard_after_forward, **options)
     gather([model])
-    fully_shard(model, **options)
+    _unit(model, **options)
     allow_use(model)
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+
+
+def _unit(module: nn.Module, **options: Any) -> None:
+    with integers_allowed():
+        fully_shard(module, **options)
 
 
 def _mesh(shard_size: int) -> DeviceMesh:

@@ -85,11 +85,15 @@ def launch_once(script: str, ranks: int, device: str, factory: pytest.TempPathFa
     base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = shared / f"{Path(script).stem}-{ranks}-{device}"
-    told = folder / "stderr.txt"
+    told, failed = folder / "stderr.txt", folder / "failed.txt"
     with FileLock(f"{folder}.lock"):
+        # A launch that failed would fail again for every test that waits for it.
+        assert not failed.exists(), failed.read_text()
         if not told.exists():
             folder.mkdir(exist_ok=True)
             done = torchrun(HERE / script, folder, *words, ranks=ranks, device=device)
+            if done.returncode:
+                failed.write_text(done.stderr[-4000:])
             assert done.returncode == 0, done.stderr[-4000:]
             told.write_text(done.stderr)
     return Launched(
