@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..parallel.context import current
+from .balance import balance_over_ranks
 from .layers import head as head_layer
 from .layers.projection import lazy_heads
 from .layers.slots import Swap, foreign_forward, install, is_installed
@@ -155,7 +157,10 @@ def _forward(
     mask = targets != -100
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -statistics.log_probs.sum() / (count.to(logits.device) if isinstance(count, torch.Tensor) else count)
-    aux_loss = getattr(result, "aux_loss", None)
+    aux_loss, divided = getattr(result, "aux_loss", None), current()
+    if aux_loss is not None and divided is not None:
+        padding = kwargs.get("attention_mask")
+        aux_loss = balance_over_ranks(result.router_logits, config.num_experts_per_tok, padding, divided)
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
     return fused.output_class(loss=loss, label_mask=mask, aux_loss=aux_loss, **vars(statistics))

@@ -228,6 +228,7 @@ class Division:
         lengths: Tokens of its documents, one after the other and row after row.
         batch: Rows.
         length: Tokens of a row, on all ranks.
+        real: Those of them that were there before the rows were filled up.
         last: The largest position of a token.
         checksum: Of its tokens.
     """
@@ -235,6 +236,7 @@ class Division:
     lengths: tuple[int, ...]
     batch: int
     length: int
+    real: int = 0
     last: int = 0
     checksum: int = 0
 
@@ -289,7 +291,7 @@ def divide(batch: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     # Trainers look for them; the loss reads those that are shifted.
     shared["labels"] = shared["shift_labels"]
     checksum = zlib.crc32(batch["input_ids"].contiguous().numpy().tobytes())
-    return shared | {DIVISION: Division(lengths, rows, share * ranks, int(positions.max()), checksum)}
+    return shared | {DIVISION: Division(lengths, rows, share * ranks, length, int(positions.max()), checksum)}
 
 
 class DividingCollator:

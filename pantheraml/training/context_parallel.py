@@ -20,6 +20,7 @@ from .. import log
 from ..device import get_device
 from ..errors import ConflictError, DataError, UnsupportedError
 from ..models.attention import NAME
+from ..models.balance import balance_over_ranks
 from ..models.checkpointing import inner_model
 from ..models.fused_head import fused_head_of
 from ..parallel.batches import IGNORED, shared
@@ -173,17 +174,12 @@ def install(trainer: Any) -> None:
     if size == 1:
         return
     group = context_group(size)
-    balanced = getattr(trainer, "aux_loss_enabled", False)
-    if balanced or fused_head_of(inner_model(trainer.model)) is None:
+    if fused_head_of(inner_model(trainer.model)) is None:
         raise UnsupportedError(
             "the loss of this trainer cannot be divided over ranks",
             where=f"context_parallel={size}",
-            why="the balance of the experts' load is not that of a share of the tokens"
-            if balanced
-            else "its output layer runs as TRL has it",
-            hint="pass router_aux_loss_coef=0.0, or leave context_parallel out"
-            if balanced
-            else "leave context_parallel out",
+            why="its output layer runs as TRL has it",
+            hint="leave context_parallel out",
         )
     vars(trainer)[_INSTALLED] = group
     for name in _LOADERS:
@@ -278,16 +274,25 @@ def _divide_loss(trainer: Any, group: ContextGroup) -> None:
         if not checked:
             _check(trainer, group)
             checked = True
-        alone = num_items_in_batch is None
-        if alone:
-            # Of an evaluation, whose batches are normalised one by one.
-            num_items_in_batch = group.sum((inputs["shift_labels"] != IGNORED).sum())
         with dividing(group, division):
             loss = original(model, inputs, num_items_in_batch=num_items_in_batch)
-        # The trainer scales the loss for gradients that are averaged over all ranks.
-        return group.sum(loss) / trainer.accelerator.num_processes if alone else loss
+        if num_items_in_batch is not None:
+            # The trainer has scaled it for gradients that are averaged over all ranks.
+            return loss
+        # Of an evaluation, whose batches are normalised one by one: here by the tokens of each rank.
+        tokens = (inputs["shift_labels"] != IGNORED).sum()
+        total, of_all = group.sum(torch.stack([loss * tokens, tokens.to(loss.dtype)]))
+        return total / of_all.clamp(min=1)
 
     trainer.compute_loss = compute_loss
+
+
+def _balance_of(result: Any, model: Any) -> torch.Tensor:
+    """The balance of experts' load of a forward of a share."""
+    divided = current()
+    assert divided is not None
+    config: Any = inner_model(model).config
+    return balance_over_ranks(result.router_logits, config.get_text_config().num_experts_per_tok, None, divided)
 
 
 def _check(trainer: Any, group: ContextGroup) -> None:
@@ -303,21 +308,28 @@ def _check(trainer: Any, group: ContextGroup) -> None:
     positions = torch.cat([torch.arange(first), torch.arange(length - first)])
     batch = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None]}
     share = divide(batch, group.rank, group.size)
-    names = ("input_ids", "position_ids")
+    names, options = ("input_ids", "position_ids"), {"use_cache": False}
+    balanced = getattr(trainer, "aux_loss_enabled", False)
+    if balanced:
+        options["output_router_logits"] = True
     device = get_device().torch_device
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
     mixed = torch.autocast(device.type, dtype, enabled=bool(trainer.args.bf16 or trainer.args.fp16))
     with evaluating(model), torch.no_grad(), mixed:
-        whole = model(**{name: batch[name].to(device) for name in names}, use_cache=False).logits
+        whole = model(**{name: batch[name].to(device) for name in names}, **options)
         with dividing(group, share[DIVISION]):
-            divided = model(**{name: share[name].to(device) for name in names}, use_cache=False).logits
-    wanted = whole[:, group.rank * _SHARE : (group.rank + 1) * _SHARE].float()
-    moved = (divided.float() - wanted).abs().max() / wanted.abs().max()
+            divided = model(**{name: share[name].to(device) for name in names}, **options)
+            balance = _balance_of(divided, model) if balanced else None
+    wanted = whole.logits[:, group.rank * _SHARE : (group.rank + 1) * _SHARE].float()
+    moved = (divided.logits.float() - wanted).abs().max() / wanted.abs().max()
     agrees = bool(moved <= tolerance(trainer))
+    if balanced and agrees:
+        moved = (balance - whole.aux_loss).abs() / whole.aux_loss.abs()
+        agrees = bool(moved <= tolerance(trainer))
     if not group.agree([agrees], least=True)[0]:
         raise UnsupportedError(
             f"{type(inner_model(model)).__name__} gives something else when its sequences are divided over ranks",
             where=f"context_parallel={group.size}",
-            why=f"the outputs of two short documents differ by {float(moved):.3g} of the largest on this rank",
+            why=f"its outputs for two short documents differ by {float(moved):.3g} of the largest on this rank",
             hint="leave context_parallel out; fsdp=True and use_gradient_checkpointing='offload' make room too",
         )

@@ -33,7 +33,7 @@ STEPS, FEW = 20, 6
 # Adam would blow rounding errors of tiny gradients up to whole steps.
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 PADDED = {"padding_free": False}
-UNBALANCED = {"router_aux_loss_coef": 0.0}
+UNBALANCED, BALANCED = {"router_aux_loss_coef": 0.0}, {"router_aux_loss_coef": 1.0}
 WEIGHTS: dict[str, torch.Tensor] = {}
 SEEN = {"node": 0, "longest": 0}
 
@@ -123,6 +123,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         ),
         "options": SGD | UNBALANCED,
     },
+    "balanced experts": {
+        "model": lambda: panthera_with_attention(
+            "qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        ),
+        "options": SGD | BALANCED,
+        "accumulation": 2,
+    },
+    "balanced experts, padded": {
+        "model": lambda: panthera_with_attention("mixtral", num_local_experts=4, num_experts_per_tok=2),
+        "options": SGD | BALANCED | PADDED,
+    },
     "sinks": {
         "model": lambda: panthera_with_attention(
             "gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
@@ -161,10 +172,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "attention heads, 1, is not a multiple of 2",
     ),
     "other layers": ({"model": lambda: with_layer("linear_attention")}, "layers of linear_attention"),
-    "experts' balance": (
-        {"model": lambda: panthera_with_attention("qwen3_moe", num_experts=4, num_experts_per_tok=2)},
-        "router_aux_loss_coef=0.0",
-    ),
     "noise": ({"options": {"neftune_noise_alpha": 5.0}}, "NEFTune"),
     "smoothed labels": ({"options": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
     "tokens weighed alone": ({"options": {"average_tokens_across_devices": False}}, "average_tokens_across_devices"),
