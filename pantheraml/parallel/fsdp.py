@@ -63,7 +63,7 @@ def shard(
         ConfigError: ``shard_size`` does not divide the number of ranks.
         UnsupportedError: a weight has a form that cannot be sharded.
     """
-    _check(model)
+    _check(model, layers)
     store_four_bit_plainly(model)
     options: dict[str, Any] = {
         "mesh": _mesh(shard_size or get_world_size()),
@@ -105,7 +105,18 @@ def _mesh(shard_size: int) -> DeviceMesh:
     return init_device_mesh(kind, (ranks // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    seen: set[nn.Parameter] = set()
+    for layer in layers:
+        own = set(layer.parameters())
+        if own & seen:
+            raise UnsupportedError(
+                f"decoder layers of {type(model).__name__} share weights, which cannot be sharded",
+                where=type(layer).__name__,
+                why="each layer's weights are gathered and freed by themselves",
+                hint="let every GPU hold a copy: strategy='ddp'",
+            )
+        seen |= own
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) or parameter.is_meta:
             continue

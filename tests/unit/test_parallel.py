@@ -16,10 +16,14 @@ from pantheraml import distributed
 from pantheraml.device import Device, get_device
 from pantheraml.distributed import MultiGPUConfig, create_device_map, get_optimal_device_map
 from pantheraml.errors import ArgumentError, ConfigError, ConflictError, DeviceMemoryError, UnsupportedError
+from pantheraml.models.record import record_of
 from pantheraml.models.resolve import resolve_placement
+from pantheraml.models.stream import layers_of
 from pantheraml.parallel.batches import EvenBatches, evened
 from pantheraml.parallel.ddp import ddp_options
+from pantheraml.parallel.fsdp import shard
 from pantheraml.parallel.launch import launch_module, processes_for
+from pantheraml.parallel.parts import in_parts
 from pantheraml.training import sharded
 from pantheraml.training.ranks import settle
 
@@ -359,3 +363,41 @@ def test_the_exit_code_of_a_launch_is_that_of_the_process_that_failed_first(tmp_
     monkeypatch.chdir(tmp_path)
     assert launch_module("failing", [], 2) == 6
     assert "rank 1 of 2 ended with exit code 6" in capsys.readouterr().err
+
+
+# ---- loading in shards
+
+
+def test_layers_that_share_weights_are_not_sharded():
+    shared = torch.nn.Linear(2, 2)
+    layers = [torch.nn.Sequential(shared), torch.nn.Sequential(shared)]
+    with pytest.raises(UnsupportedError, match="share weights"):
+        shard(torch.nn.Sequential(*layers), layers)
+
+
+def test_a_layer_of_a_checkpoint_is_read_at_a_time():
+    expected = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.weight", "model.norm.weight"]
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.weight",
+        "model.layers.0.mlp.weight.absmax",
+        "model.layers.0.experts.7.up.weight",
+        "model.layers.10.mlp.weight",
+        "lm_head.weight",
+        "lm_head.weight.quant_state.bitsandbytes__nf4",
+        "other.a",
+        "other.b",
+    ]
+    assert layers_of(names, expected) == [names[:1], names[1:4], names[4:5], names[5:7], names[7:]]
+
+
+def test_shards_need_a_launch_and_the_config_speaks_for_the_loader(tiny_llama_dir):
+    from pantheraml import FastLanguageModel
+
+    with pytest.raises(ConflictError, match="one process for each GPU"):
+        FastLanguageModel.from_pretrained(str(tiny_llama_dir), multi_gpu_config=MultiGPUConfig(strategy="fsdp"))
+    config = MultiGPUConfig(use_gradient_checkpointing=False)
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_llama_dir), load_in_4bit=False, multi_gpu_config=config)
+    assert record_of(model).gradient_checkpointing is False
+    assert record_of(model).multi_gpu_config is config
+    assert not in_parts(model)
