@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from context_worker import OF_FOUR, OF_GPUS, REFUSED, SCENARIOS, trained
+from context_worker import OF_CPUS, OF_FOUR, OF_GPUS, REFUSED, SCENARIOS, trained
 from launching import DEVICES, launch_once, of
 from runs import losses_of, trained_weights
 
@@ -60,6 +60,8 @@ def compare(launched, run: str, expected: tuple) -> None:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_that_share_sequences_train_what_one_process_trains(name, two, alone):
+    if two.device == "gpu" and name in OF_CPUS:
+        pytest.skip("for CPUs")
     compare(two, f"{name} by 2", alone(name))
 
 
@@ -87,9 +89,9 @@ def test_layers_run_as_one_node_on_no_more_than_a_share_of_the_tokens(two, four)
     for launched in (two, four):
         for facts in launched.facts:
             for run, found in facts.items():
-                if " by " not in run:
+                name, _, size = run.rpartition(" by ")
+                if name not in SCENARIOS:
                     continue
-                name, size = run.rsplit(" by ", 1)
                 assert (found["node"] > 0) == (name not in NO_NODE), run
                 assert found["longest"] <= 8 * 40 // int(size), run
 
@@ -101,7 +103,7 @@ def test_padding_is_no_token(two, alone):
 
 def test_a_resumed_run_goes_on_where_it_stopped(two):
     for facts in two.facts:
-        assert facts["resumed"] == pytest.approx(facts["lora by 2"]["losses"][:8], abs=1e-6)
+        assert facts["resumed"] == pytest.approx(facts["lora by 2"]["losses"][:8], abs=two.tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)
