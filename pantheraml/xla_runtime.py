@@ -219,6 +219,81 @@ def memory() -> dict[str, int] | None:
     return {"used": used, "limit": int(figures["bytes_limit"]), "peak": int(figures.get("peak_bytes_used", used))}
 
 
+# ---------------------------------------------------------------- Pallas
+
+_ahead = False
+
+
+def note_for_tpu() -> None:
+    """From now on programs are noted for the TPU compiler, on a machine without a TPU: they cannot run here."""
+    global _ahead
+    import jax
+
+    kernels = _module("experimental.custom_kernel")
+
+    @functools.cache
+    def lowered(kernel: Any, args: tuple[Any, ...], static: tuple[Any, ...], named: tuple[Any, ...]) -> str:
+        numbers, names = static
+        traced = jax.jit(kernel, static_argnums=numbers, static_argnames=names).trace(*args, **dict(named))
+        # What is exported is written in a version that an older libtpu reads.
+        options = jax._src.interpreters.mlir.LoweringParameters(for_export=True)
+        ir = traced.lower(lowering_platforms=("tpu",), _private_parameters=options).compiler_ir()
+        return kernels._extract_backend_config(ir)
+
+    def trace_pallas(
+        kernel: Any,
+        *args: Any,
+        static_argnums: Any = None,
+        static_argnames: Any = None,
+        use_cache: bool = False,
+        **named: Any,
+    ) -> tuple[str, list[Any]]:
+        import torch
+
+        static = tuple(None if names is None else tuple(names) for names in (static_argnums, static_argnames))
+        shapes = tuple(kernels.to_jax_shape_dtype_struct(arg) if torch.is_tensor(arg) else arg for arg in args)
+        payload = lowered(kernel, shapes, static, tuple(named.items()))
+        return payload, [arg for arg in args if torch.is_tensor(arg)]
+
+    # The original lowers for the platform that jax runs on here.
+    kernels.trace_pallas = trace_pallas
+    _ahead = True
+
+
+def has_flash_attention() -> bool:
+    """Whether programs may hold Pallas's flash attention, which only TPUs run."""
+    return (_ahead or kind() == "TPU") and importlib.util.find_spec("jax") is not None
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: torch.Tensor,
+    scale: float,
+    mesh: Mesh,
+    spec: Spec,
+) -> torch.Tensor:
+    """Causal attention within segments, by Pallas's kernel for TPUs, on each device for its part.
+
+    Args:
+        query: [B, N, T, D], T a multiple of the kernel's blocks.
+        key: As ``query``.
+        value: As ``query``.
+        segments: [B, T] int32; tokens see those of their own number.
+        scale: Of the scores.
+        mesh: The devices.
+        spec: How ``query`` is divided over them.
+
+    Returns:
+        [B, N, T, D].
+    """
+    divided = {"partition_spec": spec, "mesh": mesh._mesh} if device_count() > 1 else {}
+    return _module("experimental.custom_kernel").flash_attention(
+        query, key, value, True, segments, segments, scale, **divided
+    )
+
+
 # ---------------------------------------------------------------- sharding
 
 

@@ -37,6 +37,7 @@ _GRIDS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8
 _COLLECTIVES = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?\bchannel_id=(\d+)"
 )
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 # How the compiler says that a program does not fit, with what it needs at least.
 _TOO_LARGE = (
     re.compile(r"Used (?P<size>[\d.]+)(?P<unit>[KMG]) of [\d.]+[KMG] hbm"),
@@ -67,6 +68,7 @@ class TPUEstimate:
         needed: All of it, what is part of both once; at least this where the program does not fit.
         hbm: Memory of a chip.
         fits: Whether the compiler could place the program in the chip's memory.
+        kernels: Calls of Pallas kernels in the compiled program, of each layer's attention for long rows.
         collectives: How many communications of each kind the compiled program has.
         trace_seconds: Time that noting the step took.
         compile_seconds: Time that compiling it took.
@@ -87,6 +89,7 @@ class TPUEstimate:
     needed: int
     hbm: int
     fits: bool
+    kernels: int
     collectives: dict[str, int]
     trace_seconds: float
     compile_seconds: float
@@ -167,13 +170,13 @@ def estimate_tpu_step(
     estimates = []
     with tempfile.TemporaryDirectory(prefix="pantheraml-estimate-") as folder:
         program = Path(folder) / "step.hlo"
-        environment = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(chips), "PANTHERAML_DEVICE": "xla"}
+        # libtpu would ask the cloud who it is, and would refuse to be loaded while another process has it.
+        alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+        environment = alone | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(chips), "PANTHERAML_DEVICE": "xla"}
         traced = _in_process("tracing the step", "trace", request | {"program": str(program)}, environment)
         for name, topology, _ in slices:
-            # libtpu would ask the cloud who it is, and would refuse to be loaded while another process has it.
-            environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
             asked = {"program": str(program), "topology": topology}
-            compiled = _in_process(f"compiling the step for {topology}", "compile", asked, environment)
+            compiled = _in_process(f"compiling the step for {topology}", "compile", asked, alone)
             estimates.append(_estimate(name, topology, request, traced, compiled))
     return estimates
 
@@ -196,6 +199,7 @@ def _estimate(
         needed=needed,
         hbm=hbm,
         fits=compiled["placed"] and needed <= hbm,
+        kernels=compiled["kernels"],
         collectives=compiled["collectives"],
         trace_seconds=traced["seconds"],
         compile_seconds=compiled["seconds"],
@@ -245,6 +249,7 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     from .trainer import PantheraMLTrainingArguments
 
     start, full = time.monotonic(), request["r"] is None
+    xla_runtime.note_for_tpu()
     with tempfile.TemporaryDirectory(prefix="pantheraml-model-") as folder:
         without_weights(request["model"], Path(folder))
         model, tokenizer = FastLanguageModel.from_pretrained(
@@ -406,7 +411,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
             raise
         needed = int(float(found["size"]) * _UNITS[found["unit"]])
         seconds = round(time.monotonic() - start, 1)
-        return {"placed": False, "needed": needed, "collectives": {}, "seconds": seconds}
+        return {"placed": False, "needed": needed, "kernels": 0, "collectives": {}, "seconds": seconds}
     seconds = round(time.monotonic() - start, 1)
     figures = built.get_compiled_memory_stats()
     sizes = {
@@ -420,7 +425,8 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     text = built.hlo_modules()[0].to_string()
     channels = sorted(set(_COLLECTIVES.findall(text)))
     collectives = dict(collections.Counter(kind for kind, _ in channels))
-    return sizes | {"placed": True, "needed": needed, "collectives": collectives, "seconds": seconds}
+    found = {"kernels": text.count(_KERNEL), "collectives": collectives}
+    return sizes | found | {"placed": True, "needed": needed, "seconds": seconds}
 
 
 def _donating(module: Any) -> bytes:

@@ -87,6 +87,7 @@ ESTIMATE = tpu_estimate.TPUEstimate(
     needed=3 * 2**30,
     hbm=16 * 2**30,
     fits=True,
+    kernels=0,
     collectives={"all-gather": 7},
     trace_seconds=1.0,
     compile_seconds=2.0,

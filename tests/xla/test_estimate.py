@@ -37,9 +37,9 @@ GATHERS = 2 * 7
 LAYER = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192 + 2 * 2048
 
 
-def billion(path, tokenizer, layers):
+def billion(path, tokenizer, layers, **others):
     config = LlamaConfig(
-        **WIDTHS,
+        **(WIDTHS | others),
         num_hidden_layers=layers,
         max_position_embeddings=131072,
         tie_word_embeddings=True,
@@ -80,6 +80,7 @@ def test_a_lora_step_is_placed_on_eight_chips(two_layers, index, name, memory):
     )
     assert estimate.fits
     assert estimate.needed < estimate.hbm
+    assert estimate.kernels == 0
     # The weights of two layers are gathered once in the forward and once for the backward, and beside them few numbers.
     assert 2 * GATHERS <= estimate.collectives["all-gather"] <= 2 * GATHERS + 6
     # Gradients are summed, all in a few calls; the head passes hidden states on, whatever the number of layers.
@@ -96,6 +97,16 @@ def test_memory_grows_by_the_layers(two_layers, tmp_path, tiny_tokenizer):
     # Layers are gathered one after another, and their activations computed again: each keeps its input.
     assert four.temporaries - two.temporaries < 2 * 2 * LAYER / 2
     assert four.collectives == two.collectives | {"all-gather": two.collectives["all-gather"] + 2 * GATHERS}
+
+
+def test_long_rows_take_the_kernel_for_attention(tmp_path, tiny_tokenizer):
+    narrow = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    model = billion(tmp_path, tiny_tokenizer, 2, **narrow, num_attention_heads=4, num_key_value_heads=2)
+    [long] = estimate_tpu_step(model, "v5e-8", max_seq_length=4096)
+    # Forward, recomputation, and two for the gradients, of two layers.
+    assert long.kernels == 2 * 4
+    # The scores of a chip's row would be four heads by 4096 by 4096.
+    assert long.temporaries < 2 * 4 * 4096**2
 
 
 def test_one_chip_needs_no_communication(tiny_llama_dir):
