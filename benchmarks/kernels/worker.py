@@ -55,8 +55,10 @@ def main() -> None:
     import torch
 
     if options.group == "torch.compile":
+        from torch._functorch import config
+
         # The backward is timed several times over one forward.
-        torch._functorch.config.donated_buffer = False
+        config.donated_buffer = False
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     everything = cases.all_cases(options.ops.split(","), tiny=options.dry_run)
 

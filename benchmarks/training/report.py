@@ -186,7 +186,7 @@ def render(lines: Sequence[Line]) -> str:
         "`hf` is transformers, PEFT and TRL as they are, `liger` the same with Liger's kernels, both with",
         "checkpointing. `default` is what each contender does when nothing is chosen, `keep` a peer told to keep all",
         "activations, `recompute` and `capped` PantheraML told to recompute every layer from what waits in host",
-        "memory: inputs, and for long rows attention's results.",
+        "memory: inputs, and for long rows all but the MLP's inner part, which alone is then computed again.",
     ]
     for name, case in cases.CASES.items():
         for call in calls_of(lines, name):

@@ -295,14 +295,16 @@ def test_kernels_are_as_near_to_the_truth_as_plain_torch_in_bf16(kernel, shape, 
         extra = {"sinks": sinks} if feature == "sinks" else {}
         return out_and_gradients(lambda: attention(q, k, v, documents, **options, **extra), cast, weight)
 
+    torch.manual_seed(0)
     weight = torch.randn(documents.batch, documents.length, heads, head_dim, device="cuda", dtype=torch.float64)
     due = run(exact.documents_attention, torch.float32)
     plain = run(exact.documents_attention, dtype)
     got = run(function, dtype)
     assert len(got) == len(due)
     for result, reference, expected in zip(got, plain, due):
-        scale = expected.abs().max()
-        assert (result - expected).abs().max() <= 2 * (reference - expected).abs().max() + 1e-3 * scale
+        # Of few numbers, as the gradients of sinks, plain torch may have rounded each to the nearer side.
+        rounding = (1e-3 + torch.finfo(dtype).eps / 2) * expected.abs().max()
+        assert (result - expected).abs().max() <= 2 * (reference - expected).abs().max() + rounding
 
 
 @pytest.mark.gpu

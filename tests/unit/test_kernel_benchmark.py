@@ -67,3 +67,12 @@ def test_the_benchmark_of_the_optimizer_times_both(bench, capsys, monkeypatch):
     rows = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines() if "float32" in line]
     ours = ["update", "update 2x4", "update together", "update together 2x4", "step"]
     assert rows == [["update", "bitsandbytes"], ["step", "bitsandbytes"], *([name, "ours"] for name in ours)]
+
+
+@pytest.mark.parametrize("group", ["native", "torch.compile"])
+def test_a_process_of_contenders_gets_ready(bench, group):
+    worker = bench.run.Worker(group, ["rms_norm"], dry_run=True)
+    try:
+        assert worker.answer(120) == {"ready": True}
+    finally:
+        worker.stop()
