@@ -16,7 +16,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers import core_model_loading
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
 from .. import log
@@ -27,6 +28,8 @@ from ..parallel import parts
 _REQUIRED = {
     name: None for name in ("tp_plan",) if name in inspect.signature(convert_and_load_state_dict_in_model).parameters
 }
+# Whether transformers reads what a distributed tensor has here: since 5.17.
+_READS_ROWS = hasattr(core_model_loading, "DtensorShardOperation")
 # A layer of a checkpoint: everything up to the first number in a tensor's name.
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 
@@ -96,11 +99,13 @@ def _class_and_config(auto: Any, config: Any) -> tuple[Any, Any]:
 def _stream(model: Any, files: Sequence[str], load_config: Any, ranks: DeviceMesh) -> Any:
     """Load a model that is on the meta device, a layer of the checkpoint at a time."""
     started = time.perf_counter()
-    expected = model.state_dict()
     total: Any = None
-    with contextlib.ExitStack() as opened, _quiet(), _fixed_state_dict(model, expected):
+    with contextlib.ExitStack() as opened, _quiet():
         handles = [opened.enter_context(safe_open(file, framework="pt", device="cpu")) for file in files]
         slices = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
+        undivided = _read_rows_only(model, slices, load_config, ranks)
+        expected = model.state_dict()
+        opened.enter_context(_fixed_state_dict(model, expected))
         for names in layers_of(slices, expected):
             tensors = {name: slices[name] for name in names}
             info, _ = convert_and_load_state_dict_in_model(
@@ -108,8 +113,31 @@ def _stream(model: Any, files: Sequence[str], load_config: Any, ranks: DeviceMes
             )
             parts.divide(model, [name for name in expected if name not in info.missing_keys], ranks)
             total = info if total is None else _joined(total, info)
+    for name in undivided.keys() & total.missing_keys:
+        # It starts at random, as in a whole model.
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = undivided[name]
     log.info(f"read in shards, one of {ranks.size()} here, in {time.perf_counter() - started:.0f} s")
     return total
+
+
+def _read_rows_only(model: Any, slices: dict[str, Any], load_config: Any, ranks: DeviceMesh) -> dict[str, nn.Parameter]:
+    """Let transformers read no more than this rank's rows, of weights that are loaded as they are in the checkpoint.
+
+    Returns:
+        The parameters that were there before, by name.
+    """
+    quantizer = load_config.hf_quantizer
+    if not _READS_ROWS or any(isinstance(change, WeightConverter) for change in load_config.weight_mapping or ()):
+        return {}
+    found = {}
+    for name, parameter in model.named_parameters():
+        stored = slices.get(name)
+        is_quantised = quantizer is not None and quantizer.param_needs_quantization(model, name)
+        if stored is not None and not is_quantised and tuple(stored.get_shape()) == tuple(parameter.shape):
+            found[name] = parameter
+    parts.divide(model, found, ranks)
+    return found
 
 
 def layers_of(names: Iterable[str], expected: Iterable[str]) -> list[list[str]]:

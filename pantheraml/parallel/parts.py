@@ -63,8 +63,8 @@ def divide(model: nn.Module, names: Iterable[str], ranks: DeviceMesh) -> None:
 
     Args:
         model: The model.
-        names: Names of its parameters. Those that are divided already or are on no device are left, and so are vectors,
-            which take no room and which adaptation looks at.
+        names: Names of its parameters, which may be on the meta device. Those that are divided already let go of what
+            they were cut from. Vectors are left, which take no room and which adaptation looks at.
         ranks: What ``mesh`` gave.
     """
     divided: dict[int, nn.Parameter] = {}
@@ -72,25 +72,30 @@ def divide(model: nn.Module, names: Iterable[str], ranks: DeviceMesh) -> None:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = owner._parameters.get(leaf)
-        if parameter is None or isinstance(parameter, DTensor) or parameter.is_meta or parameter.dim() < 2:
+        if parameter is None or parameter.dim() < 2:
             continue
         if id(parameter) not in divided:
             about = dict(vars(parameter))
-            if STATE in about:
-                store_four_bit_plainly(owner)
-            divided[id(parameter)] = _part(parameter.detach(), ranks, trained=parameter.requires_grad)
+            if isinstance(parameter, DTensor):
+                rows: Any = parameter.to_local().detach()
+                if rows.untyped_storage().nbytes() <= rows.nbytes:
+                    continue
+            else:
+                if STATE in about:
+                    store_four_bit_plainly(owner)
+                start, count = _rows(len(parameter))
+                rows = parameter.detach().as_subclass(torch.Tensor).contiguous()[start : start + count]
+            divided[id(parameter)] = _part(parameter, rows.clone(), ranks)
             # Whoever asks the parameter how it is quantised finds it there as on a whole one.
             vars(divided[id(parameter)]).update(about)
         owner._parameters[leaf] = divided[id(parameter)]
 
 
-def _part(whole: torch.Tensor, ranks: DeviceMesh, *, trained: bool) -> nn.Parameter:
-    whole = whole.as_subclass(torch.Tensor).contiguous()
-    start, count = _rows(len(whole))
-    local = whole[start : start + count].clone()
+def _part(whole: nn.Parameter, rows: torch.Tensor, ranks: DeviceMesh) -> nn.Parameter:
     # The shape is given since the rows need not divide evenly.
-    part = DTensor.from_local(local, ranks, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
-    return nn.Parameter(part, requires_grad=trained)
+    stride = torch.empty(whole.shape, device="meta").stride()
+    part = DTensor.from_local(rows, ranks, [Shard(0)], run_check=False, shape=whole.shape, stride=stride)
+    return nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
 def _rows(count: int) -> tuple[int, int]:
