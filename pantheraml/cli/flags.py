@@ -88,6 +88,19 @@ MIX_STOPS = ("first_exhausted", "all_exhausted")
 CHECKPOINTING = ("unsloth", "pantheraml", "auto", "true", "false", "offload")
 
 _DEBUG = _switch("--debug", "show the traceback of an error")
+
+
+def _mesh_shape() -> Flag:
+    return _flag(
+        "--mesh_shape",
+        type=positive,
+        nargs=2,
+        default=None,
+        metavar=("FSDP", "TENSOR"),
+        help="TPU cores along each axis of the mesh; unset puts all along the first",
+    )
+
+
 _JSON = _switch("--json", "print one json record on standard output, and everything else on standard error")
 _HUB_TOKEN = _flag("--hub_token", default=None, help="hub token; `hf auth login` keeps it out of the process list")
 _PARTS = ("text", "prompt", "completion", "messages", "instruction", "input", "output")
@@ -269,6 +282,7 @@ TRAIN: tuple[Group, ...] = (
                 help="with --gpus: start all processes again up to N times when one fails, from the newest checkpoint",
             ),
             _switch("--use_tpu", "train on all cores of this TPU host, in 16 bit (experimental: docs/TPU-Guide.md)"),
+            _mesh_shape(),
         ),
     ),
 )
@@ -303,6 +317,7 @@ ESTIMATE: tuple[Group, ...] = (
             _flag("--tpu", required=True, help="the chips, as v5e-8 or v6e:2x4"),
             _flag("--max_seq_length", type=positive, default=2048, help="tokens of a row"),
             _flag("--per_device_train_batch_size", type=positive, default=1, help="rows of each chip"),
+            _mesh_shape(),
             _flag("--r", type=positive, default=16, help="rank of the adapters"),
             _switch("--full_finetuning", "train every weight instead of LoRA"),
             _switch("--no_checkpointing", "keep all activations instead of computing them again"),

@@ -27,6 +27,7 @@ from typing import Any
 
 from .. import xla_runtime
 from ..errors import ConfigError, MissingDependencyError, ModelNotFoundError, UnsupportedError
+from ..parallel.xla import MultiTPUConfig, setup_multi_tpu
 
 _GIB = 1024**3
 # Generation -> bytes of memory of a chip (https://cloud.google.com/tpu/docs/v5e, /v6e).
@@ -124,6 +125,7 @@ def estimate_tpu_step(
     *,
     max_seq_length: int = 2048,
     per_device_train_batch_size: int = 1,
+    mesh_shape: Sequence[int] | None = None,
     lora_r: int | None = 16,
     use_gradient_checkpointing: bool = True,
 ) -> list[TPUEstimate]:
@@ -135,7 +137,8 @@ def estimate_tpu_step(
         model: Folder or hub id. Its config and tokenizer are read, its weights are not.
         tpu: One slice, or several with the same number of chips: ``"v5e-8"``, ``"v6e:2x4"``.
         max_seq_length: Tokens of a row.
-        per_device_train_batch_size: Rows of each chip.
+        per_device_train_batch_size: Rows of each chip along the mesh's axis ``fsdp``.
+        mesh_shape: Chips along ``fsdp`` and ``tensor``; None is all along ``fsdp``.
         lora_r: Rank of LoRA on the default layers; None trains everything.
         use_gradient_checkpointing: Whether activations are computed again.
 
@@ -144,7 +147,7 @@ def estimate_tpu_step(
 
     Raises:
         MissingDependencyError: torch_xla, libtpu or jax is not installed; the text has the install line.
-        ConfigError: an unknown slice, or slices of several sizes.
+        ConfigError: an unknown slice, slices of several sizes, or a mesh that is not one of their chips.
         ModelNotFoundError: the folder has no config.
         UnsupportedError: the step could not be traced or compiled.
     """
@@ -159,9 +162,11 @@ def estimate_tpu_step(
             hint=f"in an environment with torch 2.9: {xla_runtime.INSTALL}",
         )
     chips = slices[0][2]
+    mesh = MultiTPUConfig(num_cores=chips, mesh_shape=mesh_shape or (chips, 1)).mesh_shape
+    assert mesh is not None
     request = {
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "chips": chips,
+        "mesh": mesh,
         "length": max_seq_length,
         "rows": per_device_train_batch_size,
         "r": lora_r,
@@ -190,10 +195,10 @@ def _estimate(
     return TPUEstimate(
         tpu=name,
         topology=topology,
-        chips=request["chips"],
+        chips=math.prod(request["mesh"]),
         parameters=traced["parameters"],
         trainable=traced["trainable"],
-        rows=request["rows"] * request["chips"],
+        rows=request["rows"] * request["mesh"][0],
         seq_length=request["length"],
         **figures,
         needed=needed,
@@ -249,7 +254,9 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
     from .trainer import PantheraMLTrainingArguments
 
     start, full = time.monotonic(), request["r"] is None
+    chips = math.prod(request["mesh"])
     xla_runtime.note_for_tpu()
+    setup_multi_tpu(MultiTPUConfig(mesh_shape=request["mesh"]))
     with tempfile.TemporaryDirectory(prefix="pantheraml-model-") as folder:
         without_weights(request["model"], Path(folder))
         model, tokenizer = FastLanguageModel.from_pretrained(
@@ -258,14 +265,14 @@ def _trace(request: dict[str, Any]) -> dict[str, Any]:
             load_in_4bit=False,
             full_finetuning=full,
             use_tpu=True,
-            tpu_cores=request["chips"],
+            tpu_cores=chips,
             use_gradient_checkpointing=request["checkpointing"],
         )
     if not full:
         model = FastLanguageModel.get_peft_model(
             model, r=request["r"], lora_alpha=request["r"], use_gradient_checkpointing=request["checkpointing"]
         )
-    rows = [[1] * request["length"]] * (request["rows"] * request["chips"])
+    rows = [[1] * request["length"]] * (request["rows"] * chips)
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,

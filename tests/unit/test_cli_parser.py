@@ -105,6 +105,7 @@ ADDED = {
     "gpus": 1,
     "max_restarts": 0,
     "use_tpu": False,
+    "mesh_shape": None,
 }
 
 

@@ -108,10 +108,12 @@ def asked(monkeypatch):
 
 def test_the_command_prints_the_figures(asked, capsys):
     flags = ["--tpu", "v5e-8", "--max_seq_length", "128", "--per_device_train_batch_size", "2", "--r", "4"]
+    flags += ["--mesh_shape", "4", "2"]
     assert main(["estimate", "some/model", *flags]) == 0
     wanted = {
         "max_seq_length": 128,
         "per_device_train_batch_size": 2,
+        "mesh_shape": [4, 2],
         "lora_r": 4,
         "use_gradient_checkpointing": True,
     }

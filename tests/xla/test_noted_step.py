@@ -36,7 +36,7 @@ def test_the_noted_step_is_the_one_that_a_run_repeats(rank, tiny_llama_dir, tmp_
     _jax = pytest.importorskip("jax._src.lib", reason="jax reads programs, and is not installed")._jax
     request = {
         "model": str(tiny_llama_dir),
-        "chips": xla_runtime.device_count(),
+        "mesh": (xla_runtime.device_count(), 1),
         "length": 128,
         "rows": 1,
         "r": rank,

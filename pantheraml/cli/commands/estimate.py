@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
         args.tpu,
         max_seq_length=args.max_seq_length,
         per_device_train_batch_size=args.per_device_train_batch_size,
+        mesh_shape=args.mesh_shape,
         lora_r=None if args.full_finetuning else args.r,
         use_gradient_checkpointing=not args.no_checkpointing,
     )
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [(name, f"{size / _GIB:.3f} GiB") for name, size in sizes.items() if size is not None]
     rows.append(("parameters", f"{estimate.parameters:,}, {estimate.trainable:,} of them trained"))
     rows.append(("batch", f"{estimate.rows} rows of {estimate.seq_length} tokens"))
+    if estimate.kernels:
+        rows.append(("kernels", f"{estimate.kernels} calls, of attention"))
     if estimate.fits:
         found = ", ".join(f"{count} {kind}" for kind, count in estimate.collectives.items())
         rows.append(("communication", found or "none"))

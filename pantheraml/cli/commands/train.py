@@ -84,6 +84,7 @@ def tell_idle_flags(args: argparse.Namespace) -> None:
         ("chunk_size", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
         ("stride", "raw_text_file", bool(args.raw_text_file) or _may_be_text(args.dataset)),
         ("max_restarts", "gpus", "gpus" in args.explicit),
+        ("mesh_shape", "use_tpu", args.use_tpu),
         ("per_device_eval_batch_size", "eval_dataset", bool(args.eval_dataset or args.eval_split)),
     )
     for flag, needed, used in idle:
@@ -112,9 +113,10 @@ def run(args: argparse.Namespace) -> int:
     refuse_contradictions(args)
     tell_idle_flags(args)
     if args.use_tpu:
-        from ...parallel.xla import setup_tpu_training
+        from ...parallel.xla import MultiTPUConfig, setup_tpu_training
 
-        setup_tpu_training()  # Without a TPU it raises, before data and model are read.
+        # Without a TPU it raises, before data and model are read.
+        setup_tpu_training(MultiTPUConfig(mesh_shape=args.mesh_shape))
     if "gpus" in args.explicit:
         code = _launched(args)
         if code is not None:
