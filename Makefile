@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 XLA_VENV ?= .venv-xla
 XLA_STAMP := $(XLA_VENV)/.installed
 
-.PHONY: help demo test test-llamacpp test-xla test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
+.PHONY: help demo test test-llamacpp test-xla test-xla-quick test-gpu test-multigpu bench-kernels bench-training bench-scaling bench-data lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -38,6 +38,11 @@ $(XLA_STAMP): tests/xla/make_environment.sh tests/xla/cuda_stubs.py constraints.
 test-xla: $(XLA_STAMP)  ## run the tests of TPU training on torch_xla's CPU backend, with one device and with eight
 	PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/xla
 	PJRT_DEVICE=CPU CPU_NUM_DEVICES=8 $(XLA_VENV)/bin/python -m pytest tests/xla
+
+# What trains, on eight devices; the compiler's figures, saving and the command are for test-xla.
+XLA_QUICK := $(addprefix tests/xla/test_,training.py names.py head.py attention.py)
+test-xla-quick: $(XLA_STAMP)  ## run those of test-xla that change the most with the rest of the code, with eight devices
+	PJRT_DEVICE=CPU CPU_NUM_DEVICES=8 $(XLA_VENV)/bin/python -m pytest $(XLA_QUICK)
 
 test-gpu:  ## run the tests that need a GPU, in the current environment
 	$(PYTHON) -m pytest -m gpu tests
