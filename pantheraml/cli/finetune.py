@@ -15,6 +15,7 @@ from ..data.responses import train_on_responses_only
 from ..device import require
 from ..errors import ConfigError, ConflictError, MissingDependencyError, UnsupportedError, nearest
 from ..export.gguf.types import resolve_types
+from ..parallel.config import MultiGPUConfig
 from .output import Output, program
 from .tokenizer import tokenizer_of
 from .training_data import (
@@ -78,12 +79,14 @@ def fine_tune(args: argparse.Namespace, output: Output) -> None:
     main = trainer.is_world_process_zero()
     if main:
         output.say(f"Trained {result.global_step} steps: " + _shown(metrics))
-    # On a TPU every process takes part in reading the weights.
-    saved = _save(args, model, tokenizer, output) if main or args.use_tpu else {}
+    # On a TPU, or where the model is divided, every process takes part in reading the weights.
+    together = args.use_tpu or args.strategy == "fsdp"
+    saved = _save(args, model, tokenizer, output) if main or together else {}
     if main:
         _write_run(args, "; ".join(rows.description for rows in parts), metrics, saved)
         output.note(steps=result.global_step, metrics=metrics, saved=saved)
-    _push(args, model, tokenizer, output)
+    if main or args.strategy == "fsdp":
+        _push(args, model, tokenizer, output)
 
 
 def _shown(metrics: dict[str, Any]) -> str:
@@ -196,6 +199,7 @@ def _load(args: argparse.Namespace, max_seq_length: int) -> tuple[Any, Any]:
         trust_remote_code=args.trust_remote_code,
         use_gradient_checkpointing=checkpointing,
         random_state=args.random_state,
+        multi_gpu_config=_sharing(args),
     )
     if args.full_finetuning:
         return model, tokenizer
@@ -209,6 +213,13 @@ def _load(args: argparse.Namespace, max_seq_length: int) -> tuple[Any, Any]:
         **{name: getattr(args, name) for name in _LORA_ARGUMENTS},
     )
     return model, tokenizer
+
+
+def _sharing(args: argparse.Namespace) -> MultiGPUConfig | None:
+    """How several processes share the work, where the flags say more than that each has a copy of the model."""
+    if args.strategy == "auto" and args.context_parallel == 1:
+        return None
+    return MultiGPUConfig(strategy=args.strategy, context_parallel=args.context_parallel)
 
 
 def _check_adapter(args: argparse.Namespace, model: Any) -> None:
@@ -278,7 +289,8 @@ def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) 
     saved = {}
     directory = Path(args.output_dir)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    if env.rank() == 0:
+        tokenizer.save_pretrained(directory)
     kind = "model" if args.full_finetuning else "adapter"
     saved[kind] = str(directory)
     output.say(f"The {kind} is in {directory}")
@@ -300,10 +312,10 @@ def _save(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) 
 
 
 def _push(args: argparse.Namespace, model: Any, tokenizer: Any, output: Output) -> None:
-    if args.push_model and env.rank() == 0:
+    if args.push_model:
         model.push_to_hub_merged(args.hub_path, tokenizer, save_method=args.save_method, token=args.hub_token)
         output.say(f"Pushed {args.save_method} to {args.hub_path}")
-    if args.push_gguf and env.rank() == 0:
+    if args.push_gguf:
         options = {"quantization_method": args.quantization, "token": args.hub_token}
         model.push_to_hub_gguf(args.hub_path, tokenizer, **options)
         output.say(f"Pushed GGUF files to {args.hub_path}")

@@ -27,6 +27,8 @@ def program() -> str:
     """Return what the reader types to run this program again: its name where that is found, else its path."""
     name = "pantheraml"
     started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return name if shutil.which(name) else "python -m pantheraml.cli"
     if started.suffix == ".py":
         return f"python {shlex.quote(str(started))}"
     return name if shutil.which(name) or started.stem != name else shlex.quote(str(started))

@@ -198,14 +198,29 @@ def test_a_function_is_launched_and_gives_the_result_of_rank_0(monkeypatch):
     assert pantheraml.launch(_sums, 1, 3) == {"total": 3.0}
 
 
-def test_the_command_line_launches_itself_trains_qlora_as_one_process_does_and_saves_once(tiny_llama_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "batch", "told"),
+    [
+        ([], 2, "batch 2 x accumulation 1 x 2 devices = 4 a step"),
+        (
+            ["--strategy", "fsdp", "--context_parallel", "2", "--save_model"],
+            4,
+            "batch 4 x accumulation 1 x 1 groups of 2 devices = 4 a step",
+        ),
+    ],
+    ids=["copies", "divided"],
+)
+def test_the_command_line_launches_itself_trains_qlora_as_one_process_does_and_saves_once(
+    more, batch, told, tiny_llama_dir, tmp_path
+):
     rows = [{"text": f"number {i} is followed by {i + 1}"} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     shared = ["--model_name", tiny_llama_dir, "--dataset", tmp_path / "rows.jsonl", "--json", "--load_in_4bit"]
     shared += ["--max_steps", "2", "--r", "4", "--warmup_steps", "0", "--gradient_accumulation_steps", "1"]
     shared += ["--optim", "sgd", "--learning_rate", "1"]
-    flags = [*shared, "--output_dir", out, "--per_device_train_batch_size", "2", "--gpus", "2"]
+    flags = [*shared, "--output_dir", out, "--per_device_train_batch_size", batch, "--gpus", "2", *more]
+    flags += ["--save_path", tmp_path / "merged"] if more else []
     done = subprocess.run(
         [sys.executable, str(ROOT / "pantheraml-cli.py"), *map(str, flags)],
         capture_output=True,
@@ -220,7 +235,9 @@ def test_the_command_line_launches_itself_trains_qlora_as_one_process_does_and_s
     assert record["steps"] == 2
     assert record["saved"]["adapter"] == str(out)
     assert (out / "adapter_model.safetensors").is_file()
-    assert done.stderr.count("batch 2 x accumulation 1 x 2 devices = 4 a step") == 1
+    assert done.stderr.count(told) == 1
+    assert "UserWarning" not in done.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file() == bool(more)
     assert done.stderr.count("Trained 2 steps") == 1
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]

@@ -104,6 +104,8 @@ ADDED = {
     "debug": False,
     "gpus": 1,
     "max_restarts": 0,
+    "strategy": "auto",
+    "context_parallel": 1,
     "use_tpu": False,
     "mesh_shape": None,
 }
@@ -166,6 +168,9 @@ def test_wrong_usage_exits_2_and_names_the_nearest(argv, words, capsys):
         (["--benchmark_type", "arc"], "--benchmark_type cannot be honoured"),
         (["--gpus", "2"], "2 GPUs were asked for"),
         (["--use_tpu"], "TPU"),
+        (["--use_tpu", "--strategy", "fsdp"], "contradict"),
+        (["--strategy", "fsdp"], "is for several processes"),
+        (["--context_parallel", "2"], "is for several processes"),
         (["--full_finetuning", "--r", "8"], "contradict"),
         (["--full_finetuning", "--load_in_4bit"], "contradict"),
         (["--num_train_epochs", "1", "--max_steps", "5"], "contradict"),
@@ -295,9 +300,11 @@ def test_printable_keeps_text_and_shows_controls():
         ("/env/bin/pantheraml", "/env/bin/pantheraml", "pantheraml"),
         ("/my env/bin/pantheraml", None, "'/my env/bin/pantheraml'"),
         ("./pantheraml-cli.py", None, "python pantheraml-cli.py"),
+        ("/src/pantheraml/cli/__main__.py", None, "python -m pantheraml.cli"),
+        ("/src/pantheraml/cli/__main__.py", "/env/bin/pantheraml", "pantheraml"),
         ("/usr/bin/pytest", None, "pantheraml"),
     ],
-    ids=["on the path", "not on the path", "script of the checkout", "another program"],
+    ids=["on the path", "not on the path", "script of the checkout", "a rank", "a rank of one on the path", "another"],
 )
 def test_commands_that_are_suggested_can_be_typed(monkeypatch, started, found, expected):
     from pantheraml.cli import output

@@ -46,7 +46,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
 
     conflict("full_finetuning", _LORA_FLAGS, "full fine-tuning trains every weight and uses no LoRA")
     conflict("full_finetuning", ["load_in_4bit"], "4-bit weights cannot be trained, only adapters on top of them")
-    conflict("use_tpu", ["gpus"], "one process drives all cores of a TPU host")
+    conflict("use_tpu", ["gpus", "strategy", "context_parallel"], "one process drives all cores of a TPU host")
     conflict("use_tpu", ["load_in_4bit"], "TPUs have no code for 4-bit weights")
     conflict("num_train_epochs", ["max_steps"], "each of them decides how long training lasts")
     conflict("num_train_epochs", ["streaming"], "how many rows a stream has is not known; --max_steps ends it")
@@ -59,6 +59,12 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         asked = [flag for flag in flags if flag in given]
         if asked:
             raise UnsupportedError(f"--{asked[0]} cannot be honoured", why=release.why, hint=release.instead)
+    sharing = [name for name, alone in (("strategy", "auto"), ("context_parallel", 1)) if getattr(args, name) != alone]
+    if sharing and "gpus" not in given and env.world_size() == 1:
+        raise ConfigError(
+            f"--{sharing[0]} {getattr(args, sharing[0])} is for several processes, and this is a single one",
+            hint="add --gpus auto, or --gpus with their number",
+        )
     if (args.push_model or args.push_gguf) and "hub_path" not in given:
         raise ConfigError("--hub_path is needed to push", hint="give the repository as --hub_path owner/name")
     if args.num_train_epochs == 0 or args.learning_rate == 0:
