@@ -59,19 +59,21 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
 class _Held:
     """Tensors on the host, and later on their way back.
 
-    All memory of the device is allocated and freed in the current stream, which waits for a copy before what the copy
-    read may be used again. The allocator's own way, ``record_stream``, waits on the host's clock instead: a host that
+    All memory of the device is allocated and freed in the current stream, which waits for a copy before what it read or
+    wrote may be used again. The allocator's own way, ``record_stream``, waits on the host's clock instead: a host that
     runs ahead finds nothing free, and what is reserved grows by all that is moved.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.device = tensors[0].device
         self.stream = _side_stream(self.device)
+        # The stream that owns the memory, and has to wait before it is used again.
+        self.owner = torch.cuda.current_stream(self.device)
         self.shapes = [(t.shape, t.dtype) for t in tensors]
         self.back: list[torch.Tensor] | None = None
         self.sources = [t.contiguous() for t in tensors]
         self.host = [[_pinned(piece) for piece in _pieces(source.view(-1))] for source in self.sources]
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(self.owner)
         with torch.cuda.stream(self.stream):
             for source, held in zip(self.sources, self.host):
                 for piece, pinned in zip(_pieces(source.view(-1)), held):
@@ -81,15 +83,16 @@ class _Held:
     def let_go(self) -> None:
         """Free on the device what was copied from."""
         if self.sources:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.owner.wait_event(self.copied)
             self.sources = []
 
     def start(self) -> None:
         """Begin the copy back, after what the device does now."""
         if self.back is not None:
             return
+        self.owner = torch.cuda.current_stream(self.device)
         self.back = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes]
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(self.owner)
         with torch.cuda.stream(self.stream):
             for target, held in zip(self.back, self.host):
                 for piece, pinned in zip(_pieces(target.view(-1)), held):
@@ -108,7 +111,7 @@ class _Held:
     def __del__(self) -> None:
         # A graph may be given up while its tensors are on their way; after a refusal nothing is.
         if getattr(self, "back", None) is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.owner.wait_event(self.copied)
 
 
 class HostStash:

@@ -79,6 +79,69 @@ def test_a_graph_that_was_given_up_is_neither_kept_nor_fetched(made):
     assert stash._held == []
 
 
+class Stream:
+    """Stands in for a stream of a device: notes who waits for what."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        event = f"copy {sum(': copy' in entry for entry in self.log)}"
+        self.log.append(f"{self.name}: {event}")
+        return event
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_memory_is_used_again_only_after_the_copy_that_reads_or_writes_it(monkeypatch):
+    log = []
+    owner, side = Stream("owner", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: owner)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(host_memory, "_side_stream", lambda device: side)
+    monkeypatch.setattr(host_memory, "_pinned", torch.empty_like)
+    # Five numbers in pieces of two.
+    monkeypatch.setattr(host_memory, "_PIECE_BYTES", 8)
+    stash, there = HostStash(refuse), ["side waits for owner", "side: copy 0"]
+    stash.advance()
+    first = stash.put([torch.arange(5.0), torch.arange(6.0).view(2, 3).t()])
+    stash.advance()
+    assert log == there
+    second = stash.put([torch.ones(5)])
+    stash.advance()
+    assert log == [*there, "side waits for owner", "side: copy 1", "owner waits for copy 0"]
+    log.clear()
+    (ones,) = second()
+    assert torch.equal(ones, torch.ones(5))
+    # What was put last goes first; the one before it comes meanwhile.
+    assert log[:4] == ["owner waits for copy 1", "side waits for owner", "side: copy 0", "owner waits for copy 0"]
+    assert log[4:] == ["side waits for owner", "side: copy 1"]
+    log.clear()
+    numbers, transposed = first()
+    assert torch.equal(numbers, torch.arange(5.0))
+    assert torch.equal(transposed, torch.arange(6.0).view(2, 3).t())
+    assert log == ["owner waits for copy 1"]
+    log.clear()
+    first()
+    assert log == ["side waits for owner", "side: copy 0", "owner waits for copy 0"]
+    log.clear()
+    given_up = stash.put([torch.ones(5)])
+    stash.put([torch.ones(5)])()
+    log.clear()
+    del given_up
+    assert log == ["owner waits for copy 3"]
+
+
 MIB = 2**20
 
 
