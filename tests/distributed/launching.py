@@ -56,6 +56,11 @@ class Launched:
         """Of the process group."""
         return _BACKENDS[self.device]
 
+    def need(self, run: str) -> None:
+        """Skip a test of a run that a launch on GPUs leaves out because it would add nothing to the CPU's."""
+        if self.device == "gpu" and run not in self.facts[0]:
+            pytest.skip(f"{run}: run on CPUs alone, or with what more GPUs wrote")
+
     @property
     def tolerance(self) -> float:
         """Largest difference from one process."""

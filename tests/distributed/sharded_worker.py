@@ -2,7 +2,7 @@
 
     torchrun sharded_worker.py OUT [FOLDER of the same scenarios of more ranks, whose checkpoints are gone on with]
 
-Four ranks only make what two go on with.
+Four ranks stop in the middle, and two go on with what they wrote.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from training_support import panthera_model
 
 from pantheraml import distributed
+from pantheraml.device import get_device
 from pantheraml.distributed import MultiGPUConfig
 from pantheraml.models.layers import decoder
 from pantheraml.parallel.fsdp import is_sharded
@@ -34,6 +35,7 @@ SHARDED = {"fsdp": True}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 FULL = {"lora": False, "options": SGD}
 STOPPED = {"save_strategy": "steps", "save_steps": MIDDLE}
+ACCUMULATED = {"accumulation": GLOBAL_BATCH // 2}
 WEIGHTS: dict[str, torch.Tensor] = {}
 CALLS = {"node": 0}
 
@@ -75,12 +77,23 @@ def run(name: str, *, fsdp: bool = True, folder: Path | None = None, **keywords)
 
 def on_four() -> dict:
     """Checkpoints in the middle, of adapters and of all weights, sharded and copied."""
-    stopped = STOPPED | {"max_steps": MIDDLE}
-    return {
+    stopped, short = STOPPED | {"max_steps": MIDDLE}, {"max_steps": MIDDLE}
+    # Four batches of one row for each rank are twice as many rows.
+    twice = {"accumulation": 4, "options": short | {"per_device_train_batch_size": 1}}
+    found = {
         "lora": run("lora", options=stopped)[0],
         "full": run("full", lora=False, options=SGD | stopped)[0],
         "copied": run("copied", fsdp=False, options=stopped)[0],
-        "hybrid": run("hybrid", options={"max_steps": MIDDLE, "fsdp_config": {"shard_size": 2}})[0],
+        "hybrid": run("hybrid", options=short | {"fsdp_config": {"shard_size": 2}})[0],
+    }
+    if get_device().is_gpu:
+        return found
+    return found | {
+        "qlora": run("qlora", model=tiny_qlora(OUT / "tiny"), options=short)[0],
+        "twice, accumulated": run("twice, accumulated", **twice)[0],
+        "copied full": run("copied full", fsdp=False, lora=False, options=SGD | short)[0],
+        "copied qlora": run("copied qlora", fsdp=False, model=tiny_qlora(OUT / "tiny"), options=short)[0],
+        "copied twice, accumulated": run("copied twice, accumulated", fsdp=False, **twice)[0],
     }
 
 
@@ -92,8 +105,7 @@ def on_two() -> dict:
     save_pretrained_merged(trainer.model, OUT / "lora merged", trainer.processing_class)
     trainer.save_model(OUT / "lora by trainer")
     found["lora"]["eval after saving"] = trainer.evaluate()["eval_loss"]
-    found["lora, accumulated"], _ = run("lora, accumulated", accumulation=4, checkpointing=True)
-    found["qlora, accumulated"], trainer = run("qlora, accumulated", accumulation=4, model=tiny_qlora(OUT / "tiny"))
+    found["qlora, accumulated"], trainer = run("qlora, accumulated", model=tiny_qlora(OUT / "tiny"), **ACCUMULATED)
     trainer.model.save_pretrained_merged(OUT / "qlora merged", trainer.processing_class, merge_onto="dequantized")
     found["qlora, accumulated"]["eval after saving"] = trainer.evaluate()["eval_loss"]
     found["full"], trainer = run(
@@ -106,9 +118,6 @@ def on_two() -> dict:
     )
     trainer.save_model(OUT / "full by trainer")
     save_pretrained_merged(trainer.model, OUT / "full merged", trainer.processing_class)
-    found["full, accumulated"], _ = run("full, accumulated", accumulation=4, **FULL)
-    tied = panthera_model(lora=False, tied=True)
-    found["tied"], _ = run("tied", model=tied, options=SGD | {"max_steps": MIDDLE})
     # What was written in the middle is gone on with, by as many ranks and by fewer.
     for path in (OUT / "full").glob("checkpoint-*"):
         if path.name != f"checkpoint-{MIDDLE}" and distributed.is_main_process():
@@ -119,6 +128,24 @@ def on_two() -> dict:
         found["full, fewer"], _ = run("full, fewer", folder=EARLIER / "full", resume=True, **FULL)
         found["lora, fewer"], _ = run("lora, fewer", folder=EARLIER / "lora", resume=True)
         found["copied, fewer"], _ = run("copied, fewer", fsdp=False, folder=EARLIER / "copied", resume=True)
+    if not get_device().is_gpu:
+        found |= on_two_cpus()
+    return found
+
+
+def on_two_cpus() -> dict:
+    """What GPUs would not do otherwise: the rest of the ways to train, sharded and copied, accumulated and not."""
+    found = {}
+    found["lora, accumulated"], _ = run("lora, accumulated", checkpointing=True, **ACCUMULATED)
+    found["qlora"], _ = run("qlora", model=tiny_qlora(OUT / "tiny"))
+    found["full, accumulated"], _ = run("full, accumulated", **FULL, **ACCUMULATED)
+    tied = panthera_model(lora=False, tied=True)
+    found["tied"], _ = run("tied", model=tied, options=SGD | {"max_steps": MIDDLE})
+    for how, accumulation in (("", {}), (", accumulated", ACCUMULATED)):
+        found[f"copied{how}"], _ = run(f"copied{how}", fsdp=False, **accumulation)
+        found[f"copied full{how}"], _ = run(f"copied full{how}", fsdp=False, **FULL, **accumulation)
+        model = tiny_qlora(OUT / "tiny")
+        found[f"copied qlora{how}"], _ = run(f"copied qlora{how}", fsdp=False, model=model, **accumulation)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sharded over two ranks, and over four whose checkpoints two go on with: all train what one process trains."""
+"""Sharded and copied, over two ranks and over four whose checkpoints two go on with: all train as one process does."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from launching import DEVICES, launch_once, of
-from runs import losses_of, ragged_rows, tiny_qlora, train, trained_weights
+from runs import GLOBAL_BATCH, losses_of, ragged_rows, tiny_qlora, train, trained_weights
 from training_support import panthera_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 STEPS, MIDDLE, LAYERS = 20, 10, 2
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
@@ -31,6 +31,17 @@ def two(request, tmp_path_factory):
     return launch_once("sharded_worker.py", 2, request.param, tmp_path_factory, *earlier)
 
 
+class Middle(TrainerCallback):
+    """Remembers the weights in the middle of a run."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == MIDDLE:
+            self.weights = trained_weights(kwargs["model"])
+
+
 class Alone:
     """One process with the same global batch, trained once for each kind of model."""
 
@@ -39,7 +50,7 @@ class Alone:
         self.known: dict[str, tuple] = {}
 
     def __call__(self, kind: str) -> tuple:
-        """Losses, weights and evaluation loss."""
+        """Losses, weights, evaluation loss, and weights in the middle."""
         if kind not in self.known:
             options = {"max_steps": STEPS, "lr_scheduler_type": "constant"}
             given = {
@@ -50,10 +61,12 @@ class Alone:
                     "model": panthera_model(lora=False, tied=True),
                 },
                 "qlora": lambda: {"options": options, "model": tiny_qlora(self.tiny)},
+                "twice": lambda: {"options": options | {"per_device_train_batch_size": 2 * GLOBAL_BATCH}},
             }[kind]()
-            trainer, _ = train(self.folder / kind, ranks=1, watched=False, **given)
+            middle = Middle()
+            trainer, _ = train(self.folder / kind, ranks=1, watched=False, callbacks=(middle,), **given)
             evaluated = trainer.evaluate()["eval_loss"]
-            self.known[kind] = losses_of(trainer), trained_weights(trainer.model), evaluated
+            self.known[kind] = losses_of(trainer), trained_weights(trainer.model), evaluated, middle.weights
         return self.known[kind]
 
 
@@ -62,25 +75,33 @@ def alone(two, tmp_path_factory):
     return Alone(tmp_path_factory.mktemp("alone"), two.folder / "tiny")
 
 
-RUNS = ["lora", "lora, accumulated", "qlora, accumulated", "full", "full, accumulated", "tied"]
+RUNS = ["lora", "lora, accumulated", "qlora", "qlora, accumulated", "full", "full, accumulated", "tied"]
+COPIED = [f"copied{kind}{how}" for kind in ("", " full", " qlora") for how in ("", ", accumulated")]
+OF_FOUR = ["lora", "full", "copied", "hybrid", "qlora", "twice, accumulated"]
+OF_FOUR += ["copied full", "copied qlora", "copied twice, accumulated"]
 GONE_ON = ["lora, fewer", "full, fewer", "copied, fewer"]
 
 
 def kind_of(run: str) -> str:
     name = run.split(",")[0]
-    return "lora" if name in ("copied", "hybrid") else name
+    return "lora" if name in ("copied", "hybrid") else name.removeprefix("copied ")
 
 
-@pytest.mark.parametrize("run", [*RUNS, "full, resumed", *GONE_ON])
-def test_shards_train_what_one_process_trains(run, two, alone):
-    if run not in two.facts[0]:
-        pytest.skip("needs four GPUs: the checkpoint is of four ranks")
-    losses, weights, evaluated = alone(kind_of(run))
-    for rank, facts in enumerate(two.facts):
-        found = of(two.weights[rank], run)
-        assert found.keys() == weights.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(found[name], weight, rtol=0, atol=two.tolerance, msg=lambda m, n=name: n + m)
+def compare(launched, run: str, weights: dict[str, torch.Tensor]) -> None:
+    """The weights of every rank are those, and those of the first rank to the last bit."""
+    first, *others = (of(found, run) for found in launched.weights)
+    assert first.keys() == weights.keys()
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    for name, weight in weights.items():
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=launched.tolerance, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("run", [*RUNS, "full, resumed", *GONE_ON, *COPIED])
+def test_two_ranks_train_what_one_process_trains(run, two, alone):
+    two.need(run)
+    losses, weights, evaluated, _ = alone(kind_of(run))
+    compare(two, run, weights)
+    for facts in two.facts:
         assert facts[run]["losses"] == pytest.approx(losses, abs=two.tolerance)
         assert facts[run]["eval"] == pytest.approx(evaluated, abs=two.tolerance)
         assert facts[run]["steps"] == len(losses)
@@ -88,6 +109,7 @@ def test_shards_train_what_one_process_trains(run, two, alone):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_weights_and_optimizer_state_are_shards_and_every_layer_runs_as_one_node(run, two):
+    two.need(run)
     for facts in two.facts:
         found = facts[run]
         assert found["sharded"]
@@ -96,14 +118,14 @@ def test_weights_and_optimizer_state_are_shards_and_every_layer_runs_as_one_node
         assert found["node calls"] > calls if "accumulated" in run else found["node calls"] == calls
 
 
-def test_four_ranks_train_what_one_process_trains(four, alone):
-    for run in ("lora", "full", "copied", "hybrid"):
-        losses, _, _ = alone(kind_of(run))
-        for facts in four.facts:
-            assert facts[run]["losses"] == pytest.approx(losses[:MIDDLE], abs=four.tolerance)
-            assert facts[run]["sharded"] == (run != "copied")
-        first, *others = (of(weights, run) for weights in four.weights)
-        assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+@pytest.mark.parametrize("run", OF_FOUR)
+def test_four_ranks_train_what_one_process_trains(run, four, alone):
+    four.need(run)
+    losses, _, _, weights = alone(kind_of(run))
+    compare(four, run, weights)
+    for facts in four.facts:
+        assert facts[run]["losses"] == pytest.approx(losses[:MIDDLE], abs=four.tolerance)
+        assert facts[run]["sharded"] == (not run.startswith("copied"))
 
 
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(two):
