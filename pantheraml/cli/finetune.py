@@ -149,7 +149,7 @@ def _reporters(args: argparse.Namespace) -> list[str]:
 
 
 def _checkpoint(args: argparse.Namespace) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..training.resuming import newest_checkpoint
 
     if args.resume is None:
         return None
@@ -162,7 +162,7 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
                 hint="name a folder checkpoint-N, or give --resume auto",
             )
         return args.resume
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    found = newest_checkpoint(args.output_dir)
     log.info(f"going on from {found}" if found else f"no checkpoint in {args.output_dir}: starting anew")
     return found
 

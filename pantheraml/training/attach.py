@@ -30,7 +30,19 @@ from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
-from . import context_parallel, optimizers, padding_free, preparation, ranks, report, rows, sharded, states, tpu
+from . import (
+    context_parallel,
+    optimizers,
+    padding_free,
+    preparation,
+    ranks,
+    report,
+    resuming,
+    rows,
+    sharded,
+    states,
+    tpu,
+)
 from .defaults import apply_defaults, checkpointing_mode, has_checkpointing_kwargs, set_checkpointing
 from .deferred import defer_figures
 from .device_guard import DeviceGuard
@@ -135,6 +147,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     rows.check_labels(trainer.train_dataset)
     _prepare_evaluations(trainer)
     isolate_loggers(trainer)
+    resuming.install(trainer)
     ranks.complete(trainer)
     context_parallel.install(trainer)
     optimizers.install(trainer)

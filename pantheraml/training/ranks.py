@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import env, log
 from ..errors import ConflictError, UnsupportedError
@@ -143,33 +141,13 @@ def tell_failure(trainer: Any, error: BaseException) -> None:
 
 
 def complete(trainer: Any) -> None:
-    """Complete a constructed trainer for a launch: restarts, even batches at the end of an epoch, and a quiet end."""
+    """Complete a constructed trainer for a launch: even batches at the end of an epoch, and a quiet end."""
     ranks = trainer.args.world_size
-    if env.restarts() > 0:
-        _go_on(trainer)
     if ranks == 1:
         return
     leave_at_exit()
     if hasattr(trainer.args, "dataset_text_field") and context_size(trainer.args) == 1:
         _deal_rows_evenly(trainer, ranks)
-
-
-def _go_on(trainer: Any) -> None:
-    """After a restart of the launch, ``train()`` goes on from the newest checkpoint unless it is told otherwise."""
-    original = trainer.train
-
-    @functools.wraps(original)
-    def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        folder = trainer.args.output_dir
-        if resume_from_checkpoint is None and os.path.isdir(folder):
-            resume_from_checkpoint = get_last_checkpoint(folder)
-            found = (
-                f"going on from {resume_from_checkpoint}" if resume_from_checkpoint else "no checkpoint: from the start"
-            )
-            log.info(f"restart {env.restarts()} of the launch: {found}")
-        return original(resume_from_checkpoint, *args, **kwargs)
-
-    trainer.train = train
 
 
 def _deal_rows_evenly(trainer: Any, ranks: int) -> None:

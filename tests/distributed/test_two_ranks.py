@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +173,25 @@ def test_sigterm_to_one_rank_checkpoints_on_all_and_a_restart_goes_on_from_there
     for rank in range(2):
         found, wanted = load_file(tmp_path / f"rank{rank}.safetensors"), of(launched.weights[rank], "uninterrupted")
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_runs_that_are_killed_go_on_from_the_last_whole_checkpoint(launched, tmp_path):
+    words, flags = (HERE / "killed_worker.py", tmp_path), ["--max-restarts=1"]
+    killed = torchrun(*words, flags=flags, device=launched.device)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
+    assert (tmp_path / "sharded" / "checkpoint-4" / "optimizer_0").is_dir()
+    done = torchrun(*words, flags=flags, device=launched.device)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count(f"{tmp_path / 'sharded' / 'checkpoint-4'} was not written to its end") == 1
+    assert done.stderr.count(f"restart 1 of the launch: going on from {tmp_path / 'copied' / 'checkpoint-2'}") == 1
+    for rank in range(2):
+        runs = ("resumed", "undisturbed", "copied")
+        resumed, undisturbed, copied = (load_file(tmp_path / f"{run}-{rank}.safetensors") for run in runs)
+        wanted = of(launched.weights[rank], "uninterrupted")
+        assert resumed.keys() == undisturbed.keys()
+        assert copied.keys() == wanted.keys()
+        assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+        assert all(torch.equal(copied[name], wanted[name]) for name in wanted)
 
 
 def _sums(factor: int) -> dict:
