@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of the moment of their import as a default, and would keep one from being destroyed.
+import torch.distributed.nn.functional
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,6 +30,8 @@ _BACKENDS = {"cuda": "nccl", "hip": "nccl", "xpu": "xccl"}
 # Long work of one rank (tokenising, downloading) is waited for this long; a rank that died ends the launch sooner.
 PATIENCE = datetime.timedelta(days=7)
 _meetings = itertools.count()
+# Of a group of Gloo's, which take the exchanges from one queue.
+_GLOO_THREADS = 2
 # Where the ranks met, when the caller said so.
 _address: str | None = None
 
@@ -369,4 +374,16 @@ def _leave() -> None:
     # The main process may still be saving; the host of the store may be gone first when nobody is.
     with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
         meet()
+        _settle()
     cleanup_distributed_training()
+
+
+def _settle() -> None:
+    """Let Gloo's threads drop the tensors of the last exchanges, now that all ranks are here and say so at once.
+
+    Models that a script still holds keep the group and its threads. A thread that had no time to drop a tensor would do
+    so while the interpreter ends, when it can no longer take the interpreter's lock, and abort the process.
+    """
+    if is_grouped() and "gloo" in dist.get_backend():
+        for _ in range(_GLOO_THREADS):
+            dist.barrier()

@@ -160,8 +160,9 @@ OF_GPUS: dict[str, dict[str, Any]] = {
     "bf16": {"model": lambda: in_half_precision(), "rows": lambda: long_rows(), "steps": STEPS},
     "bf16, sharded": {"model": lambda: in_half_precision(), "rows": lambda: long_rows(), "options": {"fsdp": True}},
 }
-# What the kernels of a GPU are tested with elsewhere, in half precision.
-OF_CPUS = ("windows and caps", "experts", "balanced experts", "balanced experts, padded", "sinks")
+# What GPUs run besides: the ways to train. Kinds of layers and of batches divide there as on a CPU.
+WAYS = ("lora", "full", "packed, accumulated", "recomputed around attention", "sharded", "4 bits, loaded in shards")
+OF_CPUS = tuple(name for name in SCENARIOS if name not in WAYS)
 # Four ranks, in groups of two and as one, which has fewer heads of keys than ranks.
 OF_FOUR = {2: ["lora", "packed, accumulated", "sharded full"], 4: ["lora", "full", "windows", "normed heads"]}
 
@@ -320,12 +321,13 @@ def main() -> None:
     out = Path(sys.argv[1])
     distributed.setup_distributed_training()
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
-    on_two = [*(name for name in SCENARIOS if name not in OF_CPUS), *OF_GPUS] if get_device().is_gpu else [*SCENARIOS]
+    on_gpus = get_device().is_gpu
+    on_two = [*WAYS, *OF_GPUS] if on_gpus else [*SCENARIOS]
     wanted = {2: on_two} if ranks == 2 else OF_FOUR
     found: dict[str, Any] = {
         f"{name} by {size}": run(name, out, size) for size, names in wanted.items() for name in names
     }
-    if ranks == 2:
+    if ranks == 2 and not on_gpus:
         found["resumed"] = resumed(out)
         found["refused"] = {name: refused(name, out) for name in REFUSED}
     (out / f"rank{rank}.json").write_text(json.dumps(found | {"seconds": time.monotonic() - started}))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from pantheraml import FastLanguageModel, MultiGPUConfig, add_new_tokens, distributed
+from pantheraml.device import get_device
 from pantheraml.errors import PantheraMLError
 from pantheraml.models import stream
 from pantheraml.parallel import fsdp, parts
@@ -77,6 +78,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "lora": LORA,
     },
 }
+# What GPUs train: the other kinds are read and divided there as on a CPU.
+OF_GPUS = ("lora", "full", "nf4", "bf16")
+
+
+def kinds() -> list[str]:
+    """Those that are tried on this device."""
+    return [*OF_GPUS] if get_device().is_gpu else [*KINDS]
 
 
 def write(kind: str) -> None:
@@ -232,7 +240,7 @@ def refused() -> dict[str, str]:
 def on_two() -> dict[str, Any]:
     """Every kind, saving, resuming and what is refused."""
     found: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds():
         found[f"{kind}, whole"], _ = trained(f"{kind}, whole", kind, None)
         found[kind], trainer = trained(kind, kind, SHARDS)
         if kind in ("lora", "full", "nf4"):
@@ -256,6 +264,8 @@ def on_two() -> dict[str, Any]:
     WEIGHTS.update({f"adapter loaded/{n}": p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     model, tokenizer = load("full", SHARDS)
     model.save_pretrained_merged(OUT / "full untrained", tokenizer)
+    if get_device().is_gpu:
+        return found
     found["packed"], _ = trained("packed", "lora", SHARDS, options={"packing": True, "max_length": 64})
     found["refused"] = refused()
     return found
@@ -276,7 +286,7 @@ def on_four() -> dict[str, Any]:
 def main() -> None:
     distributed.setup_distributed_training()
     if distributed.is_main_process():
-        for kind in KINDS:
+        for kind in kinds():
             write(kind)
     distributed.barrier()
     found = on_four() if distributed.get_world_size() == 4 else on_two()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from context_worker import OF_CPUS, OF_FOUR, OF_GPUS, REFUSED, SCENARIOS, trained
+from context_worker import OF_FOUR, OF_GPUS, REFUSED, SCENARIOS, trained
 from launching import DEVICES, launch_once, of
 from runs import losses_of, trained_weights
 
@@ -60,8 +60,7 @@ def compare(launched, run: str, expected: tuple) -> None:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_that_share_sequences_train_what_one_process_trains(name, two, alone):
-    if two.device == "gpu" and name in OF_CPUS:
-        pytest.skip("for CPUs")
+    two.need(f"{name} by 2")
     compare(two, f"{name} by 2", alone(name))
 
 
@@ -97,17 +96,20 @@ def test_layers_run_as_one_node_on_no_more_than_a_share_of_the_tokens(two, four)
 
 
 def test_padding_is_no_token(two, alone):
+    two.need("padded, accumulated by 2")
     for facts in two.facts:
         assert facts["padded, accumulated by 2"]["tokens"] == alone("padded, accumulated")[-1]
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(two):
+    two.need("resumed")
     for facts in two.facts:
         assert facts["resumed"] == pytest.approx(facts["lora by 2"]["losses"][:8], abs=two.tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_divided_is_refused(name, two):
+    two.need("refused")
     for facts in two.facts:
         told = facts["refused"][name]
         assert told is not None

@@ -69,6 +69,7 @@ def check(launched, run: str, due: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_the_same_weights_whichever_way_they_are_loaded(kind, two):
+    two.need(kind)
     for facts in two.facts:
         assert facts[kind]["in parts"]
         assert not facts[f"{kind}, whole"]["in parts"]
@@ -140,6 +141,7 @@ def test_a_saved_adapter_goes_on_a_base_in_shards(two):
 
 
 def test_documents_are_measured_apart_before_they_are_packed(two):
+    two.need("packed")
     for facts in two.facts:
         assert facts["packed"]["sharded"]
         assert len(facts["packed"]["losses"]) == 3
@@ -179,5 +181,6 @@ def test_packed_weights_count_the_numbers_that_they_stand_for(two):
     ],
 )
 def test_what_a_model_in_shards_cannot_do_is_said(attempt, told, two):
+    two.need("refused")
     for facts in two.facts:
         assert told in facts["refused"][attempt]

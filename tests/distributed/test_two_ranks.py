@@ -140,6 +140,7 @@ def test_a_loss_that_is_nan_on_one_rank_stops_both_before_the_step(launched):
 
 
 def test_preparing_for_longer_than_the_timeout_is_no_failure(launched):
+    launched.need("slow tokenising")
     for facts in launched.facts:
         assert facts["slow tokenising"]["steps"] == 1
         assert facts["slow tokenising"]["waited"] > 2.2
@@ -176,6 +177,8 @@ def test_sigterm_to_one_rank_checkpoints_on_all_and_a_restart_goes_on_from_there
 
 
 def test_runs_that_are_killed_go_on_from_the_last_whole_checkpoint(launched, tmp_path):
+    if launched.device == "gpu":
+        pytest.skip("four starts; what is written and read again is the same on CPUs")
     words, flags = (HERE / "killed_worker.py", tmp_path), ["--max-restarts=1"]
     killed = torchrun(*words, flags=flags, device=launched.device)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
