@@ -100,13 +100,14 @@ def path() -> str:
 
 
 @contextlib.contextmanager
-def as_it_was(name: str) -> Iterator[None]:
-    """Undo at the end what a library writes into a variable inside, so that nothing later is told by it."""
-    before = os.environ.get(name)
+def as_it_was(*names: str) -> Iterator[None]:
+    """Undo at the end what a library writes into variables inside, so that nothing later is told by them."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -297,7 +297,11 @@ def verify_merged(
             where=", ".join(different[:3]),
             why="names or layout on disk do not lead back to the model in memory",
         )
-    coarsest = max((dtype, next(base.parameters()).dtype), key=lambda d: _LOGIT_BUDGET.get(d, 0.0))
+    computed = [dtype, next(base.parameters()).dtype]
+    if "_original_forward" in vars(model):
+        # Accelerate has wrapped the model's forward, which computes in 16 bits since.
+        computed.append(torch.bfloat16)
+    coarsest = max(computed, key=lambda d: _LOGIT_BUDGET.get(d, 0.0))
     budget = _QUANTIZED_LOGIT_BUDGET if changed_base else _LOGIT_BUDGET.get(coarsest, _LOGIT_BUDGET[torch.bfloat16])
     note = "the quantisation error that the 16-bit base does not have" if changed_base else f"rounding in {coarsest}"
     if rounding is not None:

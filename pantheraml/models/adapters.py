@@ -183,6 +183,9 @@ def _saved_modules(model: nn.Module, request: AdapterRequest) -> tuple[list[str]
         in_targets = isinstance(targets, list | tuple) and names["lm_head"] in targets
         if head is not None and not is_tied(model) and not in_targets:
             saved.append(names["lm_head"])
+    if not allowed.isdisjoint(saved) and isinstance(targets, list | tuple) and is_tied(model):
+        # The weight that they share is trained in full.
+        targets = [name for name in targets if name not in allowed]
     return list(dict.fromkeys(saved)) or None, targets
 
 

@@ -27,10 +27,7 @@ MODEL_METHODS: dict[str, str] = {
 }
 
 # Methods that write a model.
-_WRITERS = (
-    *("save_pretrained", "save_lora", "save_pretrained_merged", "save_pretrained_gguf"),
-    *("push_to_hub", "push_to_hub_merged", "push_to_hub_gguf"),
-)
+_WRITERS = ("save_pretrained", "push_to_hub", *(name for name in MODEL_METHODS if name.startswith(("save_", "push_"))))
 _WHOLE = "_pantheraml_writes_whole"
 
 XLA_METHODS = {"save_pretrained": "pantheraml.parallel.xla:save_pretrained"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -87,6 +88,8 @@ def shard(
 
 
 def _unit(module: nn.Module, **options: Any) -> None:
+    # Nobody writes to what a layer returns, which torch warns of in every layer and on every rank.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     with integers_allowed():
         fully_shard(module, **options)
 
@@ -142,8 +145,8 @@ def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
 
     Args:
         model: What ``shard`` was given, or a model in parts.
-        trained_only: Whether only the weights that train are gathered; the others stay shards, which nothing inside
-            may read.
+        trained_only: Whether only the weights that train are gathered, and embedding and head, which PEFT writes along
+            with an adapter that they concern; the others stay shards, which nothing inside may read.
 
     Yields:
         Whether this rank has the whole model.
@@ -152,9 +155,11 @@ def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
         yield True
         return
     units = reshard(model)
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    written = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
     host: dict[int, nn.Parameter] = {}
     for parameter in list(model.parameters()):
-        if isinstance(parameter, DTensor) and (parameter.requires_grad or not trained_only):
+        if isinstance(parameter, DTensor) and (parameter.requires_grad or id(parameter) in written or not trained_only):
             full = _gathered(parameter)
             if get_rank() == 0:
                 host[id(parameter)] = nn.Parameter(full.to("cpu"), requires_grad=parameter.requires_grad)

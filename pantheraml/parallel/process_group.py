@@ -32,6 +32,7 @@ PATIENCE = datetime.timedelta(days=7)
 _meetings = itertools.count()
 # Of a group of Gloo's, which take the exchanges from one queue.
 _GLOO_THREADS = 2
+_joined = itertools.count()
 # Where the ranks met, when the caller said so.
 _address: str | None = None
 
@@ -109,13 +110,15 @@ def setup_distributed_training(config: MultiGPUConfig | None = None) -> MultiGPU
 def _meeting_place(init_method: str | None, timeout: datetime.timedelta) -> dict[str, Any]:
     """Where the ranks meet, as ``init_process_group`` takes it.
 
-    torchrun's ranks keep their store when they are started again, with the addresses of the former ones in it, which a
-    rank would try to reach if it came before the others had written theirs. So every start gets keys of its own.
+    torchrun's ranks keep their store when they are started again and when they leave a group to join another, with the
+    addresses of the former ones in it, which a rank would try to reach if it came before the others had written theirs.
+    So every group gets keys of its own.
     """
-    if init_method is not None or env.restarts() == 0:
+    before = next(_joined)
+    if before == 0 and (init_method is not None or env.restarts() == 0):
         return {"init_method": init_method or "env://"}
-    store, _, _ = next(iter(rendezvous("env://", env.rank(), env.world_size(), timeout=timeout)))
-    return {"store": dist.PrefixStore(f"pantheraml/restart_{env.restarts()}", store)}
+    store, _, _ = next(iter(rendezvous(init_method or "env://", env.rank(), env.world_size(), timeout=timeout)))
+    return {"store": dist.PrefixStore(f"pantheraml/restart_{env.restarts()}/group_{before}", store)}
 
 
 def join_after_restart() -> None:

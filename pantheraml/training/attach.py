@@ -72,20 +72,20 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
     record = record_of(model)
     assert record is not None
     explicit = explicit_names(args)
-    if record.multi_gpu_config is not None and not hasattr(trainer, "multi_gpu_config"):
-        ranks.apply_config(args, record.multi_gpu_config)
-    ranks.settle(args, model, explicit)
-    context_parallel.settle(trainer, arguments)
-    # Accelerate tells its later instances by this variable to shard as well.
-    with env.as_it_was("ACCELERATE_USE_FSDP"), _quiet_when_piped(), ranks.preparing(arguments) as turn:
-        with turn():
-            arguments = before_init(trainer, arguments, record, explicit)
-        weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        with _plain_head(model):
-            yield arguments
-    if _is_quantized(model):
-        _restore_weights(trainer.model, weights)
-    after_init(trainer, record, explicit)
+    with env.as_it_was(*sharded.VARIABLES):
+        if record.multi_gpu_config is not None and not hasattr(trainer, "multi_gpu_config"):
+            ranks.apply_config(args, record.multi_gpu_config)
+        ranks.settle(args, model, explicit)
+        context_parallel.settle(trainer, arguments)
+        with _quiet_when_piped(), ranks.preparing(arguments) as turn:
+            with turn():
+                arguments = before_init(trainer, arguments, record, explicit)
+            weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+            with _plain_head(model):
+                yield arguments
+        if _is_quantized(model):
+            _restore_weights(trainer.model, weights)
+        after_init(trainer, record, explicit)
 
 
 def before_init(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from transformers.training_args import OptimizerNames
 
-from .. import log
+from .. import env, log
 from ..device import get_device
 from ..errors import ConflictError, UnsupportedError
 from ..models.activations import decoder_layers
@@ -28,6 +28,8 @@ from ..parallel.parts import in_parts
 from ..parallel.ranks import get_world_size
 from .defaults import set_checkpointing
 
+# By these Accelerate tells its later instances, and transformers' loader, to shard as well.
+VARIABLES = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 # Optimizers whose kernels read a parameter's memory and know no shards.
 _UNSHARDED_OPTIMIZERS = ("8bit", "4bit", "paged", "bnb", "galore", "apollo", "lomo", "muon")
 
@@ -45,7 +47,8 @@ def configure(args: Any, shard_size: int | None = None) -> None:
         # transformers would recommend FSDP's recomputation, which the model's own plan takes the place of.
         recomputes = args.gradient_checkpointing
         set_checkpointing(args, False)
-        args.fsdp_plugin_args = args._process_fsdp_args()
+        with env.as_it_was(*VARIABLES):
+            args.fsdp_plugin_args = args._process_fsdp_args()
         set_checkpointing(args, recomputes)
     if shard_size is not None:
         args.fsdp_config["shard_size"] = shard_size

@@ -330,6 +330,10 @@ def main() -> None:
     if ranks == 2 and not on_gpus:
         found["resumed"] = resumed(out)
         found["refused"] = {name: refused(name, out) for name in REFUSED}
+    distributed.cleanup_distributed_training()
+    for _ in range(2):
+        with distributed.distributed_context():
+            found["rejoined"] = distributed.all_reduce_scalar(rank, average=False)
     (out / f"rank{rank}.json").write_text(json.dumps(found | {"seconds": time.monotonic() - started}))
     save_file(WEIGHTS, out / f"rank{rank}.safetensors")
 

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def prepared(kind: str, config: MultiGPUConfig | None) -> Any:
 def trained(name: str, kind: str, config: MultiGPUConfig | None, **options: Any) -> tuple[dict[str, Any], Any]:
     """Train a few steps; all weights, also frozen ones, and all buffers go to the file."""
     settings = {"max_steps": STEPS, "lr_scheduler_type": "constant"} | SGD | ({} if config else {"fsdp": True})
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # transformers' arguments leave it with fsdp=True
     model = prepared(kind, config)
     came_in_parts = parts.in_parts(model)
     keywords = {"options": settings | options.pop("options", {}), **options}
@@ -126,7 +128,7 @@ def trained(name: str, kind: str, config: MultiGPUConfig | None, **options: Any)
         "losses": losses_of(trainer),
         "in parts": came_in_parts,
         "sharded": fsdp.is_sharded(trainer.model) and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
-        "environment": os.environ.get("ACCELERATE_USE_FSDP"),
+        "environment": [name for name in os.environ if "FSDP" in name],
         "parameters": parameter_counts(trainer.model),
         "attention": trainer.model.config._attn_implementation,
         "adapted": model.adapt_report.summary(),
@@ -243,13 +245,16 @@ def on_two() -> dict[str, Any]:
     for kind in kinds():
         found[f"{kind}, whole"], _ = trained(f"{kind}, whole", kind, None)
         found[kind], trainer = trained(kind, kind, SHARDS)
-        if kind in ("lora", "full", "nf4"):
+        if kind in ("lora", "full", "nf4", "new tokens"):
             trainer.save_model(OUT / f"{kind} by trainer")
+        if kind in ("lora", "full", "nf4"):
             trainer.model.save_pretrained_merged(
                 OUT / f"{kind} merged",
                 trainer.processing_class,
                 **({"merge_onto": "dequantized"} if kind == "nf4" else {}),
             )
+        if kind == "lora":
+            trainer.model.save_pretrained_ggml(OUT / "lora ggml")
     half = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     for kind in ("lora", "full"):
         trained(f"{kind}, stopped", kind, SHARDS, folder=OUT / f"{kind} stopped", options=half)
@@ -284,6 +289,7 @@ def on_four() -> dict[str, Any]:
 
 
 def main() -> None:
+    warnings.filterwarnings("always", message=".*returned a view tensor")
     distributed.setup_distributed_training()
     if distributed.is_main_process():
         for kind in kinds():

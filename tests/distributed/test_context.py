@@ -95,6 +95,10 @@ def test_layers_run_as_one_node_on_no_more_than_a_share_of_the_tokens(two, four)
                 assert found["longest"] <= 8 * 40 // int(size), run
 
 
+def test_ranks_that_left_their_group_meet_again(two, four):
+    assert [facts["rejoined"] for facts in two.facts + four.facts] == [1] * 2 + [6] * 4
+
+
 def test_padding_is_no_token(two, alone):
     two.need("padded, accumulated by 2")
     for facts in two.facts:

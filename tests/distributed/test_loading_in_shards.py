@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from launching import DEVICES, launch_once, of
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 WAYS = ["lora", "full", "nf4"]
@@ -132,6 +133,10 @@ def test_the_saved_model_has_the_trained_weights(kind, two):
     assert all(torch.equal(untrained[name], stored[name]) for name in stored)
 
 
+def test_an_adapter_is_written_for_llama_cpp(two):
+    assert list((two.folder / "lora ggml").glob("*.gguf"))
+
+
 def test_a_saved_adapter_goes_on_a_base_in_shards(two):
     for rank, facts in enumerate(two.facts):
         assert facts["adapter loaded"]["in parts"]
@@ -149,7 +154,20 @@ def test_documents_are_measured_apart_before_they_are_packed(two):
 
 def test_a_sharded_trainer_does_not_tell_later_ones_to_shard(two):
     for facts in two.facts:
-        assert facts["lora"]["environment"] is None
+        assert facts["lora"]["environment"] == []
+
+
+def test_layers_that_return_views_are_no_news(two):
+    assert "view tensor" not in two.told
+
+
+def test_embedding_and_head_of_new_tokens_are_saved_with_the_adapter(two):
+    weights = of(two.weights[0], "new tokens")
+    saved = load_file(two.folder / "new tokens by trainer" / "adapter_model.safetensors")
+    named = {name.replace("modules_to_save.weight", "modules_to_save.default.weight"): x for name, x in saved.items()}
+    full = [name for name in named if name in weights and name.endswith("modules_to_save.default.weight")]
+    assert len(full) == 2
+    assert all(torch.equal(named[name], weights[name]) for name in full)
 
 
 def test_the_log_tells_speed_and_memory_of_every_rank(two):

@@ -437,11 +437,16 @@ def test_embedding_and_head_are_trained_in_fp32(tiny_llama_dir, tmp_path, dtype)
         torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-6)
 
 
-def test_tied_embedding_and_head_stay_one(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_tied_embedding_and_head_stay_one(tmp_path, options):
     make_tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
     model, _ = FastLanguageModel.from_pretrained(str(tmp_path), load_in_4bit=False)
-    tuned = FastLanguageModel.get_peft_model(model, r=2, modules_to_save=["embed_tokens", "lm_head"])
+    tuned = FastLanguageModel.get_peft_model(model, r=2, **options)
     base = tuned.get_base_model()
     trained = {id(p) for name, p in tuned.named_parameters() if "modules_to_save" in name}
     assert len(trained) == 1
