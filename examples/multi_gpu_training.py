@@ -34,9 +34,12 @@ if arguments.advanced:
     # Needed only for choices that have to be made before the processes meet: backend, address, timeout.
     setup_distributed_training(config)
 
-# Each process loads its own copy onto its own GPU. See docs/Multi-GPU-Guide.md for a model too large for that.
+# Each process loads its own copy onto its own GPU, or its shard of the model where the config says so.
 model, tokenizer = FastLanguageModel.from_pretrained(
-    arguments.model, max_seq_length=DEMO.max_seq_length, load_in_4bit=False
+    arguments.model,
+    max_seq_length=DEMO.max_seq_length,
+    load_in_4bit=False,
+    multi_gpu_config=config if arguments.advanced else None,
 )
 model = FastLanguageModel.get_peft_model(model, r=DEMO.r, lora_alpha=DEMO.lora_alpha, random_state=DEMO.seed)
 

@@ -173,6 +173,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
 
     def before() -> None:
         rows.check_labels(trainer.train_dataset)
+        ranks.before_training(trainer)
         sharded.apply(trainer)
 
     def after(error: BaseException | None) -> None:

@@ -150,6 +150,15 @@ def complete(trainer: Any) -> None:
         _deal_rows_evenly(trainer, ranks)
 
 
+def before_training(trainer: Any) -> None:
+    """Let Accelerate wrap a model that it prepared for an evaluation, which it takes for one that is wrapped.
+
+    Each rank would train a model of its own. Goes when Accelerate's ``prepare_model`` heeds ``evaluation_mode`` there.
+    """
+    if trainer.args.world_size > 1 and not getattr(trainer, "is_fsdp_enabled", False):
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+
 def _deal_rows_evenly(trainer: Any, ranks: int) -> None:
     """Give the training loader batches that hold every row once."""
     configuration = trainer.accelerator.dataloader_config

@@ -103,6 +103,7 @@ class WithTypes(DataCollatorForLanguageModeling):
 SCENARIOS: dict[str, dict[str, Any]] = {
     "lora": {"model": tiny, "steps": STEPS},
     "full": {"model": lambda: tiny(lora=False), "options": SGD, "steps": STEPS},
+    "evaluated first": {"model": tiny, "evaluated": True},
     "padded, accumulated": {"model": tiny, "accumulation": 2, "options": PADDED, "steps": STEPS},
     "packed, accumulated": {
         "model": tiny,
@@ -276,6 +277,7 @@ def trained(name: str, folder: Path, size: int = 1) -> Any:
             options=options,
             rows=scenario["rows"](),
             watched=False,
+            evaluated=scenario.get("evaluated", False),
             **keywords,
         )
     finally:

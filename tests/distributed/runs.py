@@ -60,6 +60,7 @@ def train(
     trainer_options: dict[str, Any] | None = None,
     rows: Dataset | None = None,
     watched: bool = True,
+    evaluated: bool = False,
     resume: bool = False,
 ) -> tuple[Any, Seen]:
     """Train on the same rows with the same global batch, whatever the number of ranks."""
@@ -99,6 +100,8 @@ def train(
     )
     if watched:
         seen.watch(trainer)
+    if evaluated:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer, seen
 
