@@ -27,7 +27,7 @@ def program() -> str:
     """Return what the reader types to run this program again: its name where that is found, else its path."""
     name = "pantheraml"
     started = Path(sys.argv[0])
-    if started.name == "__main__.py":
+    if started.parts[-2:] == ("cli", "__main__.py"):
         return name if shutil.which(name) else "python -m pantheraml.cli"
     if started.suffix == ".py":
         return f"python {shlex.quote(str(started))}"

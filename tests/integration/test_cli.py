@@ -346,7 +346,7 @@ def test_only_replies_are_trained_where_asked(
 
     seen = []
 
-    def stop(self, **options):
+    def stop(self, *args, **options):
         seen.append(next(iter(self.train_dataset)))
         raise KeyError
 
