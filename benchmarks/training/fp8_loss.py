@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -249,7 +248,7 @@ def main() -> int:
         "losses": losses,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"fp8-loss_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}_{now}"
+    name = f"fp8-loss_{run.slug(device)}_{now}"
     (options.out / f"{name}.json").write_text(json.dumps(record) + "\n")
     (options.out / f"{name}.md").write_text(render(record))
     print(render(record))

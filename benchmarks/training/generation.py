@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -180,7 +179,7 @@ def main() -> int:
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"generation_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}_{now}"
+    stem = f"generation_{run.slug(device)}_{now}"
     (options.out / f"{stem}.json").write_text(json.dumps(record) + "\n")
     (options.out / f"{stem}.md").write_text(render(record))
     print(render(record))

@@ -96,6 +96,11 @@ def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
     return {"error": f"{ended}: " + " / ".join(lines[-4:])[-500:]}
 
 
+def slug(device: str) -> str:
+    """The name of a device as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what matters, and the commit that is measured."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
@@ -141,7 +146,7 @@ def main() -> int:
     call["dry_run"] = options.dry_run
     for folder in (options.out, options.logs):
         folder.mkdir(parents=True, exist_ok=True)
-    lines = options.out / f"training_{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
+    lines = options.out / f"training_{slug(device)}.jsonl"
     if options.append_to is not None and not lines.exists():
         shutil.copyfile(options.append_to, lines)
     os.environ.setdefault("BENCHMARK_OUTPUT", str(options.logs / "output"))

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -318,8 +317,7 @@ def main() -> int:
     about |= {"command": shlex.join(["python", *sys.argv]), "dry_run": options.dry_run}
     for folder in (options.out, options.logs):
         folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = options.out / f"scaling_{slug}_{now:%Y-%m-%d}.json"
+    path = options.out / f"scaling_{run.slug(device)}_{now:%Y-%m-%d}.json"
     earlier = path if path.exists() else options.append_to
     lines: list[Line] = json.loads(earlier.read_text()) if earlier is not None else []
     for name in options.selected:

@@ -1,6 +1,6 @@
 """torch's FSDP2 shards parameters of integers, as the bytes of 4-bit weights are.
 
-Goes when torch 2.13 is the oldest release in use. Earlier ones make every sharded parameter as one that trains, which
+Goes when torch 2.13 is the oldest release in use. 2.9 and 2.11 make every sharded parameter as one that trains, which
 torch refuses for integers, and only then ask whether the original did. While a unit is sharded, the private module that
 does so sees a ``torch.nn`` whose parameters of integers do not train; nothing of it stays.
 """

@@ -64,6 +64,8 @@ def shard(
         ConfigError: ``shard_size`` does not divide the number of ranks.
         UnsupportedError: a weight has a form that cannot be sharded.
     """
+    # Nobody writes to what a layer returns, which torch warns of in every layer and on every rank.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     _check(model, layers)
     store_four_bit_plainly(model)
     options: dict[str, Any] = {
@@ -88,8 +90,6 @@ def shard(
 
 
 def _unit(module: nn.Module, **options: Any) -> None:
-    # Nobody writes to what a layer returns, which torch warns of in every layer and on every rank.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     with integers_allowed():
         fully_shard(module, **options)
 

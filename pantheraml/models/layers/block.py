@@ -503,13 +503,11 @@ class _Layer:
         del qkv
         # A sequential layer's MLP reads what attention has added to; a parallel one's reads the same residual.
         state.middle = h if self.spec.parallel else added
-        # Made in its own shape: FSDP warns of a layer that returns a view.
-        out = added.new_empty(self.batch, self.length, added.shape[1])
-        flat = out.view(added.shape)
+        out = torch.empty_like(added)
         pieces = []
         for rows in self._chunks(h.shape[0]):
             piece = _MLPState()
-            self.mlp(state.middle[rows], added[rows], piece, flat[rows])
+            self.mlp(state.middle[rows], added[rows], piece, out[rows])
             if keep == Keep.ALL:
                 piece.x = piece.rstd = None
                 pieces.append(piece)
@@ -734,7 +732,7 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.fetch = spec.offload([h.detach(), *moved]) if spec.offload is not None else None
         ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)
         ctx.layer, ctx.state = layer, state
-        return out
+        return out.view(h.shape)
 
     @staticmethod
     @once_differentiable
