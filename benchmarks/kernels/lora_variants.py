@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +25,8 @@ import torch  # noqa: E402
 from timing import copy_bandwidth, timed  # noqa: E402
 from workload import DTYPE, RANK, SCALING, randn  # noqa: E402
 
-from pantheraml.kernels import low_rank  # noqa: E402
+from pantheraml.kernels import low_rank, projections  # noqa: E402
 from pantheraml.kernels.low_rank import Tile  # noqa: E402
-
-# As an attribute of the package, the name means the op.
-lora_linear = importlib.import_module("pantheraml.kernels.lora_linear")
 
 SHAPES = {"q": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336), "k": (1024, 4096)}
 TOKENS = 8192
@@ -112,7 +108,7 @@ def whole(names: list[str], device: torch.device) -> Iterator[Row]:
 
     def terms(dtype: torch.dtype) -> list[Any]:
         return [
-            lora_linear.Term(lora_linear.Projection(W), W, None, (A * 0.02).to(dtype), B.to(dtype), SCALING, "auto")
+            projections.Term(projections.Projection(W), W, None, (A * 0.02).to(dtype), B.to(dtype), SCALING, "auto")
             for W, (A, B) in zip(weights, factors)
         ]
 
@@ -125,18 +121,18 @@ def whole(names: list[str], device: torch.device) -> Iterator[Row]:
     yield f"{joined} backward", "bare", bare_backward, None
     for dtype in (torch.float32, DTYPE):
         given = terms(dtype)
-        _, skinny = lora_linear.project(x, x, given)
+        _, skinny = projections.project(x, x, given)
         for label, rows in (("torch", 1 << 60), ("kernels", 0)):
             way = f"{label}, {str(dtype).removeprefix('torch.')} adapters"
 
             def forward(given: Any = given, rows: int = rows) -> None:
-                with mock.patch.object(lora_linear, "KERNEL_ROWS", rows):
-                    lora_linear.project(x, x, given)
+                with mock.patch.object(projections, "KERNEL_ROWS", rows):
+                    projections.project(x, x, given)
 
             def backward(given: Any = given, rows: int = rows, trained: bool = True, skinny: Any = skinny) -> None:
                 needs = [(False, trained, trained)] * len(given)
-                with mock.patch.object(lora_linear, "KERNEL_ROWS", rows):
-                    lora_linear.project_backward(grads, x, skinny, given, needs, need_x=True, need_u=False)
+                with mock.patch.object(projections, "KERNEL_ROWS", rows):
+                    projections.project_backward(grads, x, skinny, given, needs, need_x=True, need_u=False)
 
             yield f"{joined} forward", way, forward, None
             yield f"{joined} backward", f"{way}, dx only", lambda b=backward: b(trained=False), None

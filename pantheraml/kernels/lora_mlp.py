@@ -14,18 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .glu import glu
-from .lora_linear import (
-    Projection,
-    Static,
-    check_projection,
-    flatten,
-    needs_of,
-    project,
-    project_all,
-    project_backward,
-    terms_of,
-    use_reference,
-)
+from .lora_linear import check_projection, project_all, use_reference
+from .projections import Projection, Static, flatten, needs_of, project, project_backward, terms_of
 
 
 class _LoraMLP(torch.autograd.Function):

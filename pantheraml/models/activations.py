@@ -31,9 +31,11 @@ from .. import log, xla_runtime
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from ..parallel import context
+from .allotment import allot_with_room, least_of, spent, underway
 from .host_memory import HostStash, OffloadSaved, available_bytes
-from .layers.block import Host, Keep, Level, Offload
-from .layers.decoder import Cost, costs_of, is_node
+from .layers.costs import Cost, costs_of
+from .layers.decoder import is_node
+from .layers.levels import Host, Keep, Level, Offload
 from .record import FRACTION, record_of
 
 Mode = Literal["auto", "recompute", "offload", "keep"]
@@ -60,8 +62,6 @@ _ROUNDS = 4
 _REMEMBERED = 4096
 # While nothing is measured: what a step needs beside the layers' inputs, in multiples of what one whole layer holds.
 _WORKING_LAYERS = 2.5
-# Layers whose tensors are on the device although they wait on the host: on their way there, in use, coming back.
-_UNDERWAY = 3
 _DESCRIPTIONS = {
     ALL: "kept",
     Level(Keep.ALL, Host.RESULTS): "kept, inputs and attention's results in host memory",
@@ -138,72 +138,6 @@ def _agreed(numbers: list[int], *, least: bool = False) -> list[int]:
     """The largest or least of the ranks that share the sequences: all have to recompute, and so exchange, the same."""
     divided = context.current()
     return numbers if divided is None else divided.group.agree(numbers, least=least)
-
-
-def _least(costs: dict[Level, Cost]) -> Level:
-    """The level that holds the least on the device, and of those the fastest."""
-    return min(costs, key=lambda level: (costs[level].bytes, costs[level].seconds))
-
-
-def upgrades(costs: dict[Level, Cost]) -> list[tuple[Level, int, float]]:
-    """The levels worth keeping at, each with the bytes and seconds beyond the one before, the best byte first.
-
-    Levels that save less time a byte than a larger one does are passed over, so that the gain a byte only falls.
-    """
-    chosen: list[tuple[Level, int, float]] = []
-    level = _least(costs)
-    while True:
-        here = costs[level]
-        ahead = [(k, c.bytes - here.bytes, here.seconds - c.seconds) for k, c in costs.items() if c.bytes > here.bytes]
-        ahead = [(k, more, gain) for k, more, gain in ahead if gain > 0]
-        if not ahead:
-            return chosen
-        best = max(ahead, key=lambda entry: (entry[2] / entry[1], entry[1]))
-        chosen.append(best)
-        level = best[0]
-
-
-def allot(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
-    """Choose each layer's level so that ``budget`` bytes in all save the most time.
-
-    Args:
-        costs: Of each layer in forward order, what the levels it can be kept at hold and take.
-        budget: Bytes of the device to spend; what the least levels hold is spent in any case.
-    """
-    levels = [_least(c) for c in costs]
-    budget -= _spent(costs, levels)
-    steps = [
-        (-gain / more, order, -index, index, level, more)
-        for index, c in enumerate(costs)
-        for order, (level, more, gain) in enumerate(upgrades(c))
-    ]
-    full: set[int] = set()
-    for _, _, _, index, level, more in sorted(steps):
-        if index in full:
-            continue
-        if more > budget:
-            full.add(index)
-            continue
-        levels[index] = level
-        budget -= more
-    return levels
-
-
-def _spent(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
-    """Bytes of the device that layers hold at ``levels``."""
-    return sum(c[level].bytes for c, level in zip(costs, levels))
-
-
-def _underway(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
-    """Bytes of the device that tensors on their way to the host and back take at a time."""
-    return _UNDERWAY * max((c[level].host_bytes for c, level in zip(costs, levels)), default=0)
-
-
-def _with_room(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
-    """``allot``, where the tensors that are on their way to the host and back find room too."""
-    levels = allot(costs, budget)
-    underway = _underway(costs, levels)
-    return allot(costs, budget - underway) if underway else levels
 
 
 @dataclass
@@ -401,7 +335,7 @@ class ActivationPlan:
         """What of a layer waits on the host when all do: more than its input where that saves time."""
         costs = self._costs(layer, tokens, length) or {}
         offered = {level: c for level, c in self._on_host(costs).items() if level.host and c.bytes == 0}
-        return _least(offered) if offered else HOST
+        return least_of(offered) if offered else HOST
 
     def _on_host(self, costs: dict[Level, Cost]) -> dict[Level, Cost]:
         """The levels that the host has memory for if all layers are kept so; the input alone is its last resort."""
@@ -490,17 +424,17 @@ class ActivationPlan:
         assert measured.peak is not None
         costs = [self._offered(index, group, tokens, length) for index in group.indices]
         # The measured peak has this of what the layers hold.
-        held = _spent(costs, [group.lowest.get(index, INPUT) for index in group.indices])
+        held = spent(costs, [group.lowest.get(index, INPUT) for index in group.indices])
         if measured.budget is None:
             measured.budget = int((1 - _SLACK) * (measured.limit - measured.peak))
             trial = int(_TRIAL * measured.budget)
-            needed = _spent(costs, [ALL] * len(costs)) - held
-            if trial > 0 and needed > trial and _spent(costs, _with_room(costs, held + trial)) > held:
+            needed = spent(costs, [ALL] * len(costs)) - held
+            if trial > 0 and needed > trial and spent(costs, allot_with_room(costs, held + trial)) > held:
                 measured.budget = trial
             else:
                 measured.rounds = _ROUNDS
-        levels = _with_room(costs, held + measured.budget)
-        kept, tried = _spent(costs, levels) + _underway(costs, levels) - held, measured.trying
+        levels = allot_with_room(costs, held + measured.budget)
+        kept, tried = spent(costs, levels) + underway(costs, levels) - held, measured.trying
         measured.trying = None
         if measured.rounds < _ROUNDS and kept > (tried[0] if tried is not None else 0):
             measured.trying = kept, tokens

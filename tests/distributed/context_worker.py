@@ -26,7 +26,7 @@ from pantheraml.distributed import MultiGPUConfig
 from pantheraml.models import activations
 from pantheraml.models.attention import prefer
 from pantheraml.models.layers import decoder
-from pantheraml.models.layers.block import Keep, Level
+from pantheraml.models.layers.levels import Keep, Level
 from pantheraml.models.record import record_of
 
 STEPS, FEW = 20, 6

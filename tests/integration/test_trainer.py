@@ -116,7 +116,7 @@ def test_model_state_around_training(tmp_path, tiny_tokenizer):
 )
 def test_who_decides_about_checkpointing(own, given, recomputes, tmp_path, tiny_tokenizer, monkeypatch):
     from pantheraml.models.layers import decoder
-    from pantheraml.models.layers.block import Keep
+    from pantheraml.models.layers.levels import Keep
 
     kept = []
     original = decoder.decoder_layer

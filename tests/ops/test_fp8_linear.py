@@ -17,8 +17,8 @@ from pantheraml.kernels import fp8_linear, fp8_operands
 from pantheraml.kernels.fp8 import fp8_quantize_rows, fp8_transpose
 from pantheraml.kernels.fp8_linear import Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
-from pantheraml.kernels.lora_linear import Term, project
 from pantheraml.kernels.nf4 import Quantized4Bit, nf4_dequantize
+from pantheraml.kernels.projections import Term, project
 from pantheraml.kernels.reference import fp8_linear as reference
 
 from .support import DTYPES, random

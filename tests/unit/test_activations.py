@@ -15,14 +15,13 @@ from pantheraml.models import host_memory
 from pantheraml.models.activations import (
     ActivationPlan,
     Memory,
-    allot,
     mode_of,
     set_activation_plan,
-    upgrades,
 )
 from pantheraml.models.adapt import adapt
-from pantheraml.models.layers.block import Host, Keep, Level
-from pantheraml.models.layers.decoder import Cost
+from pantheraml.models.allotment import allot, upgrades
+from pantheraml.models.layers.costs import Cost
+from pantheraml.models.layers.levels import Host, Keep, Level
 from pantheraml.parallel import context
 
 _PEAKS = ("peak", "reserved")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 
 import pytest
 import torch
@@ -12,11 +11,13 @@ from conftest import make_tiny
 from peft import LoraConfig, get_peft_model
 from test_fused_layers import FAMILIES, IDS, TARGETS, assert_near_truth, step, truth_of
 
+from pantheraml.kernels import projections
 from pantheraml.models.activations import set_activation_plan
 from pantheraml.models.adapt import adapt
-from pantheraml.models.layers import block, decoder, pieces
-from pantheraml.models.layers.block import Host, Keep, Level
-from pantheraml.models.layers.decoder import DecoderPlan, costs_of
+from pantheraml.models.layers import attended, block, decoder, levels, pieces
+from pantheraml.models.layers.costs import costs_of
+from pantheraml.models.layers.decoder import DecoderPlan
+from pantheraml.models.layers.levels import Host, Keep, Level
 from pantheraml.models.layers.slots import plan_of, swap_of
 
 # Llama; sandwich norms, windows, soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias;
@@ -32,7 +33,7 @@ WHOLE = {
     "qwen2": {},
     "phi3": FAMILIES.get("phi3", {}),
 }
-LEVELS = [None, *reversed(block.LEVELS)]
+LEVELS = [None, *reversed(levels.LEVELS)]
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_adapters_in_float32_on_a_base_in_half_precision(level, monkeypatch, cal
     if not _triton.interpreted():
         pytest.skip("runs in Triton's interpreter, see tests/ops")
     resolve = dispatch.resolve
-    monkeypatch.setattr(importlib.import_module("pantheraml.kernels.lora_linear"), "KERNEL_ROWS", 1)
+    monkeypatch.setattr(projections, "KERNEL_ROWS", 1)
     monkeypatch.setattr(block, "MLP_ROWS", 24)
     monkeypatch.setattr(
         dispatch, "resolve", lambda op, *a, **k: "triton" if op == "lora_linear" else resolve(op, *a, **k)
@@ -227,7 +228,7 @@ def test_what_is_kept_costs_what_the_table_says():
     assert costs[Level(Keep.INPUT)].bytes == tokens * width * 4
     inner = model.config.intermediate_size
     assert costs[Level(Keep.ALL)].bytes - costs[Level(Keep.RESIDUAL)].bytes == tokens * 2 * inner * 4
-    for level in block.LEVELS:
+    for level in levels.LEVELS:
         if not level.host:
             continue
         there, here = costs[level], costs[Level(level.keep)]
@@ -254,7 +255,7 @@ def _large(least):
 
 @pytest.mark.parametrize("level", LEVELS[1:], ids=str)
 def test_nothing_stays_after_a_backward_and_what_is_moved_does_not_stay_before_it(level, monkeypatch):
-    monkeypatch.setattr(block, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(attended, "LEAST_BYTES", 1024)
     model, _ = adapted(with_lora(make_tiny("llama", **WHOLE["llama"])), level)
     layer = model.get_base_model().model.layers[0]
     tokens, width = 512, model.config.hidden_size

@@ -15,16 +15,13 @@ go through the MLP in pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
-from ...kernels.lora_linear import (
+from ...kernels.projections import (
     Needs,
     Projection,
     Static,
@@ -40,55 +37,13 @@ from ...kernels.lora_linear import (
     thin_product,
 )
 from ...parallel.context import ContextGroup
-from ..host_memory import LEAST_BYTES
+from .attended import Attended, Lying, Memories, attend, lying
+from .levels import Host, Keep, Level, Offload
 from .pieces import Norm, Turn, activate, activate_backward
 
 # Rows of one pass through an MLP: 2 x 14,336 columns of gate and up are 0.5 GB of them in bfloat16. With twice as many
 # products are not faster on an H100, and the allocator loses more between the pieces and what is smaller.
 MLP_ROWS = 8192
-
-
-class Keep(IntEnum):
-    """What of a layer stays in memory between forward and backward; each level includes the ones below it."""
-
-    INPUT = 0
-    """The layer's input."""
-    ATTENTION = 1
-    """The result of attention (and its row statistics), so that attention is not run again."""
-    RESIDUAL = 2
-    """Queries, keys, values, and the residual between attention and MLP: only gate and up are multiplied again."""
-    ALL = 3
-    """The outputs of gate and up too: no matrix product is repeated."""
-
-
-class Host(IntEnum):
-    """What of that which stays waits in host memory."""
-
-    NOTHING = 0
-    """All of it stays on the device."""
-    RESULTS = 1
-    """The layer's input and, where it stays, the result of attention (and its row statistics)."""
-    RESIDUAL = 2
-    """All but gate and up; for layers that keep the residual."""
-
-
-class Level(NamedTuple):
-    """What of a layer stays, and where.
-
-    Attributes:
-        keep: What stays.
-        host: What of it waits in host memory.
-    """
-
-    keep: Keep
-    host: Host = Host.NOTHING
-
-
-LEVELS = tuple(Level(keep, host) for keep in Keep for host in Host if host < Host.RESIDUAL or keep >= Keep.RESIDUAL)
-
-
-# Moves tensors to the host and returns what brings them back.
-Offload = Callable[[Sequence[torch.Tensor]], Callable[[], list[torch.Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,157 +91,6 @@ class Spec:
         return list({id(norm): norm for norm in found if norm is not None}.values())
 
 
-class _Saved:
-    """What a small graph keeps: a tensor, or a place for one with the memory of ``filled[index]``."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor: torch.Tensor | None = tensor
-        self.index = -1
-        self.geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
-
-
-class _Places:
-    """Keeps places instead of tensors that are given up; ``fill`` brings their successors.
-
-    The graph refers to what is in here, so this may refer to nothing of the graph: only the garbage collector would
-    free the two.
-    """
-
-    def __init__(self) -> None:
-        self._filled: dict[int, torch.Tensor] = {}
-        self._saved: list[_Saved] = []
-        self._given_up = 0
-
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Inside these, what is saved can be given up afterwards."""
-        saved, filled = self._saved, self._filled
-
-        def pack(tensor: torch.Tensor) -> _Saved:
-            saved.append(_Saved(tensor))
-            return saved[-1]
-
-        def unpack(packed: _Saved) -> torch.Tensor:
-            if packed.tensor is not None:
-                return packed.tensor
-            return filled[packed.index].detach().as_strided(*packed.geometry)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-    def give_up(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Forget all that shares memory with ``tensors``, and return the place of the first."""
-        first, self._given_up = self._given_up, self._given_up + len(tensors)
-        index = {_address(x): i for i, x in enumerate(tensors, first)}
-        for packed in self._saved:
-            if packed.tensor is not None and _address(packed.tensor) in index:
-                packed.index, packed.tensor = index[_address(packed.tensor)], None
-        return first
-
-    def large(self, but: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What is kept, is not small and does not share memory with the tensors ``but``."""
-        known = {_address(x) for x in but}
-        kept = [p.tensor for p in self._saved if p.tensor is not None and p.tensor.nbytes >= LEAST_BYTES]
-        return list({_address(x): x for x in kept if _address(x) not in known}.values())
-
-    def fill(self, first: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Put successors, of the same layout in memory, into the places from ``first`` on."""
-        self._filled.update(enumerate(tensors, first))
-
-    def empty(self) -> None:
-        """Forget the successors."""
-        self._filled.clear()
-
-
-def _address(x: torch.Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-# A tensor in one of several memories: which, and how it lies there.
-_Lying = tuple[int, tuple[Sequence[int], Sequence[int], int | torch.SymInt]]
-
-
-class _Memories:
-    """Memories that are moved to the host, each once."""
-
-    def __init__(self) -> None:
-        self.all: list[torch.Tensor] = []
-        self._index: dict[int, int] = {}
-
-    def add(self, x: torch.Tensor) -> _Lying:
-        """Add the memory of ``x``, and say where in which it is."""
-        index = self._index.setdefault(_address(x), len(self.all))
-        if index == len(self.all):
-            self.all.append(_memory(x))
-        return index, (x.size(), x.stride(), x.storage_offset())
-
-
-def _lying(where: _Lying, memories: Sequence[torch.Tensor]) -> torch.Tensor:
-    return memories[where[0]].as_strided(*where[1])
-
-
-def _memory(x: torch.Tensor) -> torch.Tensor:
-    """All memory that ``x`` is a part of, as one row."""
-    return x.detach().as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
-
-
-class _Enter(torch.autograd.Function):
-    """Queries, keys and values as the beginning of a small graph that does not hold their memory."""
-
-    @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        return (None,) * (1 + len(grads))
-
-
-@dataclass(slots=True)
-class _Attended:
-    """The result of attention [B, T, heads, D], with the small graph behind it where it was recorded.
-
-    Attributes:
-        result: None while it is on the host.
-        end: Where the graph ends, at the result.
-        begin: Where it begins, at queries, keys and values.
-        places: What it keeps, where that may be given up.
-        moved: Place of the first memory that was moved to the host, their number, and where the result is in them.
-    """
-
-    result: torch.Tensor | None
-    end: Any = None
-    begin: Sequence[Any] = ()
-    places: _Places | None = None
-    moved: tuple[int, int, _Lying] | None = None
-
-    def give_up(self, memories: _Memories, qkv: Sequence[torch.Tensor], *, with_qkv: bool) -> None:
-        """Add to ``memories``, which are empty, what stays of attention, and forget it here."""
-        assert self.places is not None
-        assert self.result is not None
-        result = memories.add(self.result)
-        for x in self.places.large([self.result, *qkv]):
-            memories.add(x)
-        if with_qkv:
-            for x in qkv:
-                memories.add(x)
-        self.moved, self.result = (self.places.give_up(memories.all), len(memories.all), result), None
-
-    def take_back(self, memories: Sequence[torch.Tensor]) -> None:
-        """Undo ``give_up``."""
-        assert self.places is not None
-        assert self.moved is not None
-        first, count, result = self.moved
-        self.places.fill(first, memories[:count])
-        self.result = _lying(result, memories)
-
-    def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of q, k, v [B, heads, T, D]."""
-        assert self.result is not None
-        found = torch.autograd.grad(self.end, self.begin, grad.view(self.result.shape))
-        if self.places is not None:
-            self.places.empty()
-        return found
-
-
 @dataclass(slots=True)
 class _State:
     """What one run of a layer has at hand. What is None was not kept and is computed again."""
@@ -296,15 +100,15 @@ class _State:
     skinny: torch.Tensor | None = None
     unnormed: tuple[torch.Tensor, ...] = ()
     head_rstd: tuple[torch.Tensor | None, ...] = (None, None)
-    attended: _Attended | None = None
+    attended: Attended | None = None
     of_tokens: torch.Tensor | None = None
     skinny_o: torch.Tensor | None = None
     branch: torch.Tensor | None = None
     middle: torch.Tensor | None = None
     mlp: list[_MLPState] | None = None
-    moved: tuple[_Lying | None, _Lying | None, tuple[_Lying, ...]] | None = None
+    moved: tuple[Lying | None, Lying | None, tuple[Lying, ...]] | None = None
 
-    def give_up(self, memories: _Memories, h: torch.Tensor) -> None:
+    def give_up(self, memories: Memories, h: torch.Tensor) -> None:
         """Add to ``memories`` what stays around attention, but for the residual ``h`` itself, and forget it here."""
         middle = None if self.middle is None or self.middle is h else memories.add(self.middle)
         branch = None if self.branch is None else memories.add(self.branch)
@@ -318,9 +122,9 @@ class _State:
         if self.moved is None:
             return
         middle, branch, unnormed = self.moved
-        self.middle = h if middle is None else _lying(middle, memories)
-        self.branch = None if branch is None else _lying(branch, memories)
-        self.unnormed = tuple(_lying(x, memories) for x in unnormed)
+        self.middle = h if middle is None else lying(middle, memories)
+        self.branch = None if branch is None else lying(branch, memories)
+        self.unnormed = tuple(lying(x, memories) for x in unnormed)
 
 
 @dataclass(slots=True)
@@ -420,20 +224,6 @@ class _Layer:
         self.kv_heads = k.shape[1]
         return (q, k, v) if spec.over is None else spec.over.to_heads(q, k, v)
 
-    def attend(self, qkv: tuple[torch.Tensor, ...], level: Level) -> _Attended:
-        """Run attention, keeping what its own backward needs as far as ``level`` says."""
-        if level.keep < Keep.ATTENTION:
-            with torch.no_grad():
-                return _Attended(self.spec.attend(*qkv))
-        places = _Places() if level.keep == Keep.ATTENTION or level.host else None
-        with torch.enable_grad(), places.hooks() if places is not None else nullcontext():
-            entered = _Enter.apply(torch.empty(0, requires_grad=True), *qkv)
-            begin = [get_gradient_edge(x) for x in entered]
-            result = self.spec.attend(*entered)
-        if places is not None and level.keep == Keep.ATTENTION:
-            places.give_up(qkv)
-        return _Attended(result.detach(), get_gradient_edge(result), begin, places)
-
     def _of_tokens(self, attended: torch.Tensor) -> torch.Tensor:
         """The result of attention with all heads of this rank's tokens."""
         return attended if self.spec.over is None else self.spec.over.to_tokens(attended)
@@ -492,10 +282,10 @@ class _Layer:
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, _State, list[torch.Tensor]]:
         """The layer's output, what is kept of it beside h, and what of that shall wait on the host."""
         level = self.spec.level
-        keep, memories = level.keep, _Memories()
+        keep, memories = level.keep, Memories()
         state = _State()
         qkv = self.queries(state, h)
-        attended = state.attended = self.attend(qkv, level)
+        attended = state.attended = attend(self.spec.attend, qkv, level)
         assert attended.result is not None
         added = self.add_attention(state, h, self._of_tokens(attended.result))
         if level.host and keep >= Keep.ATTENTION:
@@ -529,7 +319,7 @@ class _Layer:
             return
         qkv = self.queries(state, h)
         if state.attended is None:
-            state.attended = self.attend(qkv, Level(Keep.ALL))
+            state.attended = attend(self.spec.attend, qkv, Level(Keep.ALL))
         elif state.attended.places is not None:
             state.attended.places.fill(0, qkv)
         assert state.attended.result is not None

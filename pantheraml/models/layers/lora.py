@@ -14,7 +14,7 @@ from torch import nn
 
 from ... import kernels
 from ...kernels.fp8_linear import Fp8Weight, Nf4Fp8Weight
-from ...kernels.lora_linear import Adapter, Projection
+from ...kernels.projections import Adapter, Projection
 from ...kernels.reference.nf4 import Quantized4Bit
 from ..roles import is_lora, plain_tensor
 from .fp8 import Fp8Linear
