@@ -188,7 +188,7 @@ def lora_mlp(model: Model, tokens: int) -> Workload:
 def grouped_gemm(model: Model, tokens: int) -> Workload:
     """32 experts of uneven size with adapters."""
     from pantheraml.kernels import grouped_gemm as ours
-    from pantheraml.kernels.reference.grouped_gemm import lora_grouped_gemm as reference
+    from pantheraml.kernels.reference.grouped_gemm import grouped_linear as reference
 
     width, out = model.hidden // 2, model.hidden // 4
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .adamw_8bit import adamw_8bit as adamw_8bit
     from .cross_entropy import cross_entropy as cross_entropy
     from .dispatch import resolve as resolve
+    from .experts import experts_mlp as experts_mlp
     from .fp8 import Fp8Matrix as Fp8Matrix
     from .fp8 import fp8_dequantize as fp8_dequantize
     from .fp8 import fp8_matmul as fp8_matmul
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
     from .glu import glu as glu
     from .glu import glu_fp8 as glu_fp8
     from .glu import packed_glu as packed_glu
-    from .grouped_gemm import Routing as Routing
+    from .grouped_gemm import Stack as Stack
     from .grouped_gemm import grouped_gemm as grouped_gemm
-    from .grouped_gemm import permute as permute
-    from .grouped_gemm import route as route
-    from .grouped_gemm import unpermute as unpermute
     from .layer_norm import layer_norm as layer_norm
     from .linear_cross_entropy import LogProbs as LogProbs
     from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -48,6 +46,10 @@ if TYPE_CHECKING:
     from .rms_norm import rms_norm as rms_norm
     from .rms_norm import rms_norm_fp8 as rms_norm_fp8
     from .rotary import rotary as rotary
+    from .routing import Routing as Routing
+    from .routing import permute as permute
+    from .routing import route as route
+    from .routing import unpermute as unpermute
     from .utils import clear_gpu_cache as clear_gpu_cache
     from .utils import get_current_gpu_index as get_current_gpu_index
     from .utils import get_device_memory_info as get_device_memory_info
@@ -90,10 +92,12 @@ _EXPORTS = {
     "Nf4Fp8Weight": "fp8_linear",
     "fp8_product": "fp8_linear",
     "fp8_input_gradient": "fp8_linear",
-    "Routing": "grouped_gemm",
-    "route": "grouped_gemm",
-    "permute": "grouped_gemm",
-    "unpermute": "grouped_gemm",
+    "Stack": "grouped_gemm",
+    "experts_mlp": "experts",
+    "Routing": "routing",
+    "route": "routing",
+    "permute": "routing",
+    "unpermute": "routing",
     "get_gpu_memory_info": "utils",
     "get_device_memory_info": "utils",
     "get_tpu_memory_info": "utils",

@@ -25,7 +25,9 @@ MODULES = (
     "nf4",
     "fp8",
     "fp8_operands",
+    "routing",
     "grouped_gemm",
+    "experts",
     "adamw_8bit",
 )
 

@@ -1,149 +1,165 @@
-"""Mixture-of-experts products: sort tokens by expert, multiply each group by its expert's matrix, bring them back.
+"""Mixture-of-experts products: each group of rows times its own matrix, with low-rank adapters, in one launch.
 
-Every group's product runs in one launch of torch's grouped matrix product where it serves the dtype and the chip, and
-one after another otherwise. The backward is written by hand: frozen experts get no gradient work, and adapters keep
-only the skinny product.
+For the rows i of each group g, in the dtype of x with float32 sums::
+
+    y[i] = x[i] @ W[g].T + bias[g] + scaling * (x[i] @ A[g].T) @ B[g].T
+    dx   = dy @ W[g] + thin @ A[g]           thin = scaling * dy @ B[g]
+    dA   = thin.T @ x        dB = scaling * dy.T @ (x @ A[g].T)        dW = dy.T @ x        over the rows of g
+
+torch's grouped product serves bfloat16 on Hopper and later, where it has the chip's own instructions; the kernels below
+serve 16-bit dtypes on other GPUs, and everywhere what is added to a product that is there already (the adapters'
+update, a bias), which saves a pass over the wide result. Both read where groups end on the device. What is left (other
+dtypes, a CPU) runs one product a group. The backward is written by hand: frozen experts get no gradient work, and
+adapters keep only the skinny product. Deterministic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..errors import ArgumentError, ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from . import dispatch
+from ._triton import jit, on_device, tl
+from ._variants import Variant, bfloat16_minimum
 from .reference import grouped_gemm as reference
+from .utils import cdiv, next_power_of_2
 
 # torch._grouped_mm reads rows in 16-byte pieces.
 ALIGNMENT_BYTES = 16
 GROUPED_CAPABILITY = (9, 0)
+DTYPES = (torch.float16, torch.bfloat16)
+# Matrix units contract and emit at least 16 columns.
+LEAST_TILE = 16
 
 
-class Routing(NamedTuple):
-    """Where tokens go and come back from.
+class Tile(NamedTuple):
+    """Shape of a program's tile.
 
     Attributes:
-        order: [T * K], for each sorted row the slot ``token * K + choice`` it came from.
-        inverse: [T * K], for each slot its sorted row.
-        ends: [G] int32, the row after the last of each expert.
-        choices: K, experts a token chose.
+        rows: Rows of the output.
+        columns: Columns of the output.
+        depth: What is contracted at a time.
+        num_warps: Warps a program.
+        num_stages: Tiles in flight; all of them fit into the 64 KB of shared memory that every chip has.
     """
 
-    order: torch.Tensor
-    inverse: torch.Tensor
-    ends: torch.Tensor
-    choices: int
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
 
 
-def route(experts: torch.Tensor, num_experts: int) -> Routing:
-    """Sort the choices of all tokens by expert, stably; nothing is read back from the device.
+TILE = Tile(64, 128, 32, 4, 4)
 
-    Args:
-        experts: [T, K], integers in [0, num_experts).
-        num_experts: Number of experts, G.
 
-    Returns:
-        The routing.
+@jit
+def rows_kernel(
+    x,
+    matrices,
+    ends,
+    bias,
+    base,
+    out,
+    rows,
+    width,
+    columns,
+    groups,
+    scaling,
+    x_stride,
+    matrix_group,
+    matrix_row,
+    matrix_column,
+    base_stride,
+    out_stride,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``out[i] = scaling * x[i] @ matrices[g] [+ base[i]] [+ bias[g]]`` for ROWS rows of one group.
 
-    Raises:
-        ConfigError: ``experts`` is no matrix.
-        ArgumentError: It does not hold integers.
+    No tile spans two groups. Which group and which of its tiles a program has follows from all ``ends``; programs
+    beyond the last tile do nothing.
     """
-    if experts.dim() != 2:
-        raise ConfigError(f"experts must be [tokens, choices], not {list(experts.shape)}", where="route")
-    if experts.dtype not in (torch.int64, torch.int32):
-        raise ArgumentError(f"experts must be int64 or int32, not {experts.dtype}", where="route")
-    flat = experts.reshape(-1)
-    ranked, order = flat.sort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    bounds = torch.arange(num_experts, device=flat.device, dtype=flat.dtype)
-    ends = torch.searchsorted(ranked, bounds, right=True).to(torch.int32)
-    return Routing(order, inverse, ends, experts.shape[1])
+    i_tile = tl.program_id(0)
+    o_group = tl.arange(0, GROUPS)
+    m_group = o_group < groups
+    b_end = tl.load(ends + o_group, mask=m_group, other=0)
+    b_start = tl.load(ends + o_group - 1, mask=m_group & (o_group > 0), other=0)
+    b_tiles = (b_end - b_start + ROWS - 1) // ROWS
+    b_passed = tl.cumsum(b_tiles, 0) <= i_tile
+    i_group = tl.sum(b_passed.to(tl.int32), 0)
+    if i_group < groups:
+        i_first = tl.sum(tl.where(b_passed, b_tiles, 0), 0)
+        i_start = tl.sum(tl.where(o_group == i_group, b_start, 0), 0) + (i_tile - i_first) * ROWS
+        i_end = tl.sum(tl.where(o_group == i_group, b_end, 0), 0)
+        o_row = i_start.to(tl.int64) + tl.arange(0, ROWS)
+        o_column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        o_depth = tl.arange(0, DEPTH)
+        m_row, m_column = (o_row < i_end)[:, None], (o_column < columns)[None, :]
+        p_x = x + o_row[:, None] * x_stride + o_depth[None, :]
+        p_matrix = matrices + i_group.to(tl.int64) * matrix_group
+        p_matrix += o_depth[:, None].to(tl.int64) * matrix_row + o_column[None, :] * matrix_column
+        b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, width, DEPTH):
+            m_depth = o_depth < width - start
+            b_x = tl.load(p_x, mask=m_row & m_depth[None, :], other=0.0)
+            b_matrix = tl.load(p_matrix, mask=m_depth[:, None] & m_column, other=0.0)
+            b_sum = tl.dot(b_x, b_matrix, b_sum)
+            p_x += DEPTH
+            p_matrix += DEPTH * matrix_row
+        b_sum *= scaling
+        mask = m_row & m_column
+        if base is not None:
+            b_base = tl.load(base + o_row[:, None] * base_stride + o_column[None, :], mask=mask, other=0.0)
+            b_sum += b_base.to(tl.float32)
+        if bias is not None:
+            p_bias = bias + i_group.to(tl.int64) * columns + o_column[None, :]
+            b_sum += tl.load(p_bias, mask=m_column, other=0.0).to(tl.float32)
+        p_out = out + o_row[:, None] * out_stride + o_column[None, :]
+        tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=mask)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, choices: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.shape = (x.shape[0], choices, x.shape[1])
-        return x.index_select(0, order // choices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        wide = torch.promote_types(torch.float32, upstream[0].dtype)
-        # A gather and a sum of K rows: autograd's own index_add would add with atomics, in no fixed order.
-        rows = upstream[0].index_select(0, inverse).view(ctx.shape)
-        return rows.sum(1, dtype=wide).to(upstream[0].dtype), None, None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        wide = torch.promote_types(torch.float32, y.dtype)
-        ctx.save_for_backward(y, weights, order, inverse)
-        rows = y.index_select(0, inverse).view(*weights.shape, y.shape[1])
-        return torch.einsum("tkh,tk->th", rows.to(wide), weights.to(wide)).to(y.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        y, weights, order, inverse = ctx.saved_tensors
-        wide = torch.promote_types(torch.float32, y.dtype)
-        rows = upstream[0].index_select(0, order // weights.shape[1]).to(wide)
-        grad_y = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_y = (rows * weights.reshape(-1)[order].to(wide).unsqueeze(1)).to(y.dtype)
-        if ctx.needs_input_grad[1]:
-            products = torch.linalg.vecdot(rows, y.to(wide))
-            grad_weights = products[inverse].view(weights.shape).to(weights.dtype)
-        return grad_y, grad_weights, None, None
-
-
-def permute(x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Copy each token's row once for each expert it chose, sorted by expert. The gradient is summed in float32.
-
-    Args:
-        x: [T, H].
-        routing: From ``route``.
-
-    Returns:
-        [T * K, H]. Deterministic.
-
-    Raises:
-        ConfigError: The routing is of another number of tokens.
-    """
-    if x.dim() != 2 or x.shape[0] * routing.choices != routing.order.shape[0]:
-        raise ConfigError(f"x {list(x.shape)} does not fit a routing of {routing.order.shape[0]} rows", where="permute")
-    return _Permute.apply(x, routing.order, routing.inverse, routing.choices)
-
-
-def unpermute(y: torch.Tensor, routing: Routing, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of each token's rows, in float32, rounded to the dtype of ``y``.
-
-    Args:
-        y: [T * K, H], sorted by expert.
-        routing: From ``route``.
-        weights: [T, K], the router's; they get a gradient.
-
-    Returns:
-        [T, H]. Deterministic.
-
-    Raises:
-        ConfigError: The shapes do not fit.
-    """
-    if weights.shape[1:] != (routing.choices,) or y.dim() != 2 or y.shape[0] != routing.order.shape[0]:
-        raise ConfigError(
-            f"y {list(y.shape)} and weights {list(weights.shape)} do not fit the routing", where="unpermute"
-        )
-    if y.shape[0] != weights.numel():
-        raise ConfigError(f"weights {list(weights.shape)} do not fit y {list(y.shape)}", where="unpermute")
-    return _Unpermute.apply(y, weights, routing.order, routing.inverse)
+@jit
+def columns_kernel(
+    left,
+    right,
+    ends,
+    out,
+    rows,
+    columns,
+    scaling,
+    left_stride,
+    right_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``out[g, p, q] = scaling * sum_i left[i, p] * right[i, q]`` over the rows i of g, for one tile of p and q."""
+    i_group = tl.program_id(0)
+    i_start = tl.load(ends + i_group - 1, mask=i_group > 0, other=0)
+    i_end = tl.load(ends + i_group)
+    o_row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_column = tl.program_id(2).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    o_depth = i_start.to(tl.int64) + tl.arange(0, DEPTH)
+    m_row, m_column = (o_row < rows)[None, :], (o_column < columns)[None, :]
+    p_left = left + o_depth[:, None] * left_stride + o_row[None, :]
+    p_right = right + o_depth[:, None] * right_stride + o_column[None, :]
+    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(i_start, i_end, DEPTH):
+        m_depth = (start + tl.arange(0, DEPTH) < i_end)[:, None]
+        b_left = tl.load(p_left, mask=m_depth & m_row, other=0.0)
+        b_right = tl.load(p_right, mask=m_depth & m_column, other=0.0)
+        b_sum = tl.dot(tl.trans(b_left), b_right, b_sum)
+        p_left += DEPTH * left_stride
+        p_right += DEPTH * right_stride
+    p_out = out + i_group.to(tl.int64) * rows * columns + o_row[:, None] * columns + o_column[None, :]
+    tl.store(p_out, (b_sum * scaling).to(out.dtype.element_ty), mask=(o_row < rows)[:, None] & m_column)
 
 
 def _one_launch(*tensors: torch.Tensor) -> bool:
@@ -163,28 +179,282 @@ def _one_launch(*tensors: torch.Tensor) -> bool:
     return first.shape[0] > 0
 
 
-def _rows_times(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """``x[i] @ matrices[g]`` for the rows of each group: [M, N] from [M, K] and [G, K, N]."""
-    if _one_launch(x, matrices):
-        return torch._grouped_mm(x, matrices, offs=ends)
-    out = x.new_empty((x.shape[0], matrices.shape[2]))
-    start = 0
-    for matrix, end in zip(matrices, ends.tolist()):
-        torch.mm(x[start:end], matrix, out=out[start:end])
-        start = end
+def _by_kernel(backend: dispatch.Backend, *tensors: torch.Tensor) -> bool:
+    """Whether the kernels above take these factors: one 16-bit dtype."""
+    first = tensors[0]
+    if any(tensor.dtype != first.dtype or tensor.dtype not in DTYPES for tensor in tensors):
+        return False
+    return dispatch.resolve("grouped_gemm", first, backend) == "triton"
+
+
+def _side(size: int, most: int) -> int:
+    return min(max(next_power_of_2(size), LEAST_TILE), most)
+
+
+def _launch_rows(
+    x: torch.Tensor,
+    matrices: torch.Tensor,
+    ends: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    base: torch.Tensor | None,
+) -> torch.Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (rows, width), (groups, _, columns) = x.shape, matrices.shape
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if base is None else base
+    tile_columns = _side(columns, TILE.columns)
+    if out.numel():
+        with on_device(x):
+            # Each group may end with a tile that is not full.
+            rows_kernel[(rows // TILE.rows + groups, cdiv(columns, tile_columns))](
+                x=x,
+                matrices=matrices,
+                ends=ends,
+                bias=bias,
+                base=base,
+                out=out,
+                rows=rows,
+                width=width,
+                columns=columns,
+                groups=groups,
+                scaling=scaling,
+                x_stride=x.stride(0),
+                matrix_group=matrices.stride(0),
+                matrix_row=matrices.stride(1),
+                matrix_column=matrices.stride(2),
+                base_stride=0 if base is None else base.stride(0),
+                out_stride=out.stride(0),
+                GROUPS=next_power_of_2(groups),
+                ROWS=TILE.rows,
+                COLUMNS=tile_columns,
+                DEPTH=_side(width, TILE.depth),
+                num_warps=TILE.num_warps,
+                num_stages=TILE.num_stages,
+            )
     return out
 
 
-def _columns_times(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """``left[rows of g].T @ right[rows of g]``: [G, P, Q] from [M, P] and [M, Q]."""
-    if _one_launch(left, right):
-        return torch._grouped_mm(left.t(), right, offs=ends)
-    out = left.new_empty((ends.shape[0], left.shape[1], right.shape[1]))
+def _rows_times(
+    x: torch.Tensor,
+    matrices: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor:
+    """``scaling * x[i] @ matrices[g] + base[i] + bias[g]`` for the rows of each group.
+
+    Args:
+        x: [M, K].
+        matrices: [G, K, N], any strides.
+        ends: [G].
+        scaling: Factor of the product.
+        bias: [G, N], contiguous, or None.
+        base: [M, N] with contiguous rows, which receives the result, or None.
+        backend: ``"triton"`` for the kernels alone.
+    """
+    plain = scaling == 1.0 and bias is None and base is None
+    if plain and backend == "auto" and _one_launch(x, matrices):
+        return torch._grouped_mm(x, matrices, offs=ends)
+    if _by_kernel(backend, x, matrices):
+        return _launch_rows(x, matrices, ends, scaling, bias, base)
+    out = x.new_empty((x.shape[0], matrices.shape[2])) if base is None else base
     start = 0
     for group, end in enumerate(ends.tolist()):
-        torch.mm(left[start:end].t(), right[start:end], out=out[group])
+        if end > start:
+            rows = out[start:end]
+            torch.addmm(rows, x[start:end], matrices[group], alpha=scaling, beta=0 if base is None else 1, out=rows)
+            if bias is not None:
+                rows += bias[group]
         start = end
     return out
+
+
+def _columns_times(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ends: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    scaling: float = 1.0,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor:
+    """``scaling * left[rows of g].T @ right[rows of g]`` in ``dtype``: [G, P, Q] from [M, P] and [M, Q]."""
+    groups, shape = ends.shape[0], (left.shape[1], right.shape[1])
+    if backend == "auto" and _one_launch(left, right):
+        product = torch._grouped_mm(left.t(), right, offs=ends)
+        return (product if scaling == 1.0 else product.mul_(scaling)).to(dtype)
+    if _by_kernel(backend, left, right):
+        left, right = (t if t.stride(1) == 1 else t.contiguous() for t in (left, right))
+        out = torch.empty((groups, *shape), dtype=dtype, device=left.device)
+        sides = _side(shape[0], TILE.rows), _side(shape[1], TILE.columns)
+        if out.numel():
+            with on_device(left):
+                columns_kernel[(groups, cdiv(shape[0], sides[0]), cdiv(shape[1], sides[1]))](
+                    left=left,
+                    right=right,
+                    ends=ends,
+                    out=out,
+                    rows=shape[0],
+                    columns=shape[1],
+                    scaling=scaling,
+                    left_stride=left.stride(0),
+                    right_stride=right.stride(0),
+                    ROWS=sides[0],
+                    COLUMNS=sides[1],
+                    DEPTH=TILE.depth,
+                    num_warps=TILE.num_warps,
+                    num_stages=TILE.num_stages,
+                )
+        return out
+    out = left.new_zeros((groups, *shape))
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.addmm(out[group], left[start:end].t(), right[start:end], alpha=scaling, beta=0, out=out[group])
+        start = end
+    return out.to(dtype)
+
+
+class Stack(NamedTuple):
+    """One linear layer of all experts, with at most one low-rank update.
+
+    Attributes:
+        weight: [G, O, I]; a transposed view of [G, I, O] is taken as it is.
+        bias: [G, O] or None.
+        A: [G, r, I] or None.
+        B: [G, O, r] or None.
+        scaling: Factor of the update.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    scaling: float = 1.0
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], scaling: float) -> Stack:
+        """The stack of ``tensors`` as that property gives them."""
+        weight, bias, A, B = tensors
+        return cls(weight, bias, A, B, scaling)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Weight, bias, A and B."""
+        return self[:4]
+
+
+def check_stack(where: str, x_width: int, groups: int, stack: Stack) -> None:
+    """Raise unless a stack serves ``groups`` experts of inputs of this width.
+
+    Raises:
+        ConfigError: Shapes do not fit.
+    """
+    weight, bias, A, B, _ = stack
+    if (A is None) != (B is None):
+        raise ConfigError("A and B come together", where=where)
+    fits = weight.dim() == 3 and weight.shape[0] == groups and weight.shape[2] == x_width
+    if A is not None and B is not None:
+        rank = A.shape[1] if A.dim() == 3 else -1
+        fits = fits and A.shape == (groups, rank, x_width) and B.shape == (groups, weight.shape[1], rank)
+    if bias is not None:
+        fits = fits and bias.shape == (groups, weight.shape[1])
+    if not fits:
+        named = {"weight": weight, "bias": bias, "A": A, "B": B}
+        described = ", ".join(f"{name} {list(t.shape)}" for name, t in named.items() if t is not None)
+        raise ConfigError(f"{described} do not fit {groups} groups of rows of {x_width}", where=where)
+
+
+def _factor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An adapter's factor in the compute dtype; PEFT's B lies with its experts innermost, which nothing multiplies."""
+    return tensor.to(dtype).contiguous()
+
+
+def grouped_project(
+    x: torch.Tensor, ends: torch.Tensor, stack: Stack, backend: dispatch.Backend = "auto"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The stack's output [M, O] for x [M, I], and ``x @ A[g].T`` [M, r] for the backward; not differentiable."""
+    weight, bias, A, B, scaling = stack
+    dtype = x.dtype
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    common: dict[str, Any] = {"backend": backend}
+    if A is None or B is None:
+        return _rows_times(x, weight.to(dtype).transpose(1, 2), ends, bias=bias, **common), None
+    y = _rows_times(x, weight.to(dtype).transpose(1, 2), ends, **common)
+    skinny = _rows_times(x, _factor(A, dtype).transpose(1, 2), ends, **common)
+    _rows_times(skinny, _factor(B, dtype).transpose(1, 2), ends, scaling=scaling, bias=bias, base=y, **common)
+    return y, skinny
+
+
+class StackNeeds(NamedTuple):
+    """Which of a stack's tensors need a gradient."""
+
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+
+
+def grouped_project_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    skinny: torch.Tensor | None,
+    ends: torch.Tensor,
+    stack: Stack,
+    needs: StackNeeds,
+    *,
+    need_x: bool,
+    row_weights: torch.Tensor | None = None,
+    backend: dispatch.Backend = "auto",
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
+    """Gradients of ``grouped_project``.
+
+    Args:
+        grad: [M, O], contiguous.
+        x: As in the forward; needed when A or the weight is trained.
+        skinny: From the forward; needed when B is trained.
+        ends: As in the forward.
+        stack: As in the forward.
+        needs: Which of its tensors need a gradient.
+        need_x: Whether x does.
+        row_weights: [M], by which rows of ``grad`` count for the stack's own gradients, but not for that of x.
+        backend: As in the forward.
+
+    Returns:
+        Gradient of x, gradients of weight, bias, A and B.
+    """
+    weight, bias, A, B, scaling = stack
+    dtype = grad.dtype
+    common: dict[str, Any] = {"backend": backend}
+
+    def weighted(rows: torch.Tensor) -> torch.Tensor:
+        return rows if row_weights is None else rows * row_weights.unsqueeze(1).to(rows.dtype)
+
+    grad_x = grad_weight = grad_bias = grad_A = grad_B = None
+    if need_x:
+        grad_x = _rows_times(grad, weight.to(dtype), ends, **common)
+    if needs.weight:
+        assert x is not None
+        grad_weight = _columns_times(grad, weighted(x), ends, weight.dtype, **common)
+    if needs.bias and bias is not None:
+        wide = torch.promote_types(torch.float32, dtype)
+        lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        sums = torch.segment_reduce(weighted(grad.to(wide)), "sum", lengths=lengths, axis=0, initial=0.0)
+        grad_bias = sums.to(bias.dtype)
+    if A is not None and B is not None and (need_x or needs.A):
+        thin = _rows_times(grad, _factor(B, dtype), ends, scaling=scaling, **common)
+        if grad_x is not None:
+            _rows_times(thin, _factor(A, dtype), ends, base=grad_x, **common)
+        if needs.A:
+            assert x is not None
+            grad_A = _columns_times(weighted(thin), x, ends, A.dtype, **common)
+    if B is not None and needs.B:
+        assert skinny is not None
+        grad_B = _columns_times(grad, weighted(skinny), ends, B.dtype, scaling=scaling, **common)
+    return grad_x, (grad_weight, grad_bias, grad_A, grad_B)
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -192,46 +462,36 @@ class _GroupedGemm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
         ends: torch.Tensor,
-        A: torch.Tensor | None,
-        B: torch.Tensor | None,
         scaling: float,
+        backend: dispatch.Backend,
+        *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = x.dtype
-        skinny = None
+        stack = Stack.of(tensors, scaling)
         with torch.autocast(x.device.type, enabled=False):
-            y = _rows_times(x, weight.to(dtype).transpose(1, 2), ends)
-            if A is not None and B is not None:
-                skinny = _rows_times(x, A.to(dtype).transpose(1, 2), ends)
-                y.add_(_rows_times(skinny, B.to(dtype).transpose(1, 2), ends), alpha=scaling)
-        keep_x = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(keep_x, weight, ends, A, B, skinny if ctx.needs_input_grad[4] else None)
-        ctx.scaling = scaling
+            y, skinny = grouped_project(x, ends, stack, backend)
+        needs = StackNeeds(*ctx.needs_input_grad[4:])
+        ctx.save_for_backward(x if needs.weight or needs.A else None, ends, skinny if needs.B else None, *tensors)
+        ctx.scaling, ctx.backend = scaling, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, weight, ends, A, B, skinny = ctx.saved_tensors
-        need_x, need_weight, _, need_A, need_B, _ = ctx.needs_input_grad
+        x, ends, skinny, *tensors = ctx.saved_tensors
         grad = upstream[0].contiguous()
-        dtype = grad.dtype
-        grad_x = grad_weight = grad_A = grad_B = None
         with torch.autocast(grad.device.type, enabled=False):
-            if need_x:
-                grad_x = _rows_times(grad, weight.to(dtype), ends)
-            if need_weight:
-                grad_weight = _columns_times(grad, x, ends).to(weight.dtype)
-            if A is not None and B is not None and (need_x or need_A):
-                thin = _rows_times(grad, B.to(dtype), ends).mul_(ctx.scaling)
-                if grad_x is not None:
-                    grad_x.add_(_rows_times(thin, A.to(dtype), ends))
-                if need_A:
-                    grad_A = _columns_times(thin, x, ends).to(A.dtype)
-            if B is not None and need_B:
-                grad_B = _columns_times(grad, skinny, ends).mul_(ctx.scaling).to(B.dtype)
-        return grad_x, grad_weight, None, grad_A, grad_B, None
+            grad_x, grads = grouped_project_backward(
+                grad,
+                x,
+                skinny,
+                ends,
+                Stack.of(tensors, ctx.scaling),
+                StackNeeds(*ctx.needs_input_grad[4:]),
+                need_x=ctx.needs_input_grad[0],
+                backend=ctx.backend,
+            )
+        return grad_x, None, None, None, *grads
 
 
 def grouped_gemm(
@@ -242,13 +502,12 @@ def grouped_gemm(
     B: torch.Tensor | None = None,
     scaling: float = 1.0,
     *,
+    bias: torch.Tensor | None = None,
     backend: dispatch.Backend = "auto",
 ) -> torch.Tensor:
-    """``y[i] = x[i] @ W[g].T + scaling * (x[i] @ A[g].T) @ B[g].T`` for the rows ``i`` of each group ``g``.
+    """``y[i] = x[i] @ W[g].T + bias[g] + scaling * (x[i] @ A[g].T) @ B[g].T`` for the rows ``i`` of each group ``g``.
 
-    In the dtype of ``x`` with float32 sums inside the products. bf16 on a Hopper GPU or later, with widths of whole 16
-    bytes, runs each product in one launch; anything else runs one product a group, which reads ``ends`` back. It can be
-    differentiated once.
+    In the dtype of ``x`` with float32 sums inside the products. It can be differentiated once.
 
     Args:
         x: [M, I], rows sorted by group, as ``permute`` gives them.
@@ -257,31 +516,76 @@ def grouped_gemm(
         A: [G, r, I] or None (default) without adapters.
         B: [G, O, r] or None.
         scaling: Factor of the update. Default 1.
-        backend: ``"auto"`` as above, or ``"reference"``; there is no Triton kernel.
+        bias: [G, O] or None (default).
+        backend: ``"auto"`` takes torch's grouped product or the Triton kernels on a GPU, as told at the top of this
+            file, and one product a group elsewhere; ``"triton"`` takes the kernels alone; ``"reference"`` is the
+            specification.
 
     Returns:
         [M, O].
 
     Raises:
         ConfigError: Shapes do not fit.
-        UnsupportedError: ``backend="triton"``.
+        UnsupportedError: ``backend="triton"`` for a dtype or device that the kernels do not take.
     """
     where = "grouped_gemm"
+    if x.dim() != 2:
+        raise ConfigError(f"x must be [rows, width], not {list(x.shape)}", where=where)
+    stack = Stack(weight, bias, A, B, scaling)
+    check_stack(where, x.shape[1], ends.shape[0], stack)
     if backend == "triton":
-        raise UnsupportedError(f"{where} has no Triton kernel", where="backend", hint="use backend='auto'")
-    groups = ends.shape[0]
-    shapes = {"x": x, "weight": weight, "A": A, "B": B}
-    described = ", ".join(f"{name} {list(t.shape)}" for name, t in shapes.items() if t is not None)
-    fits = x.dim() == 2 and weight.dim() == 3 and weight.shape[0] == groups and weight.shape[2] == x.shape[1]
-    if (A is None) != (B is None):
-        raise ConfigError("A and B come together", where=where)
-    if A is not None and B is not None:
-        rank = A.shape[1] if A.dim() == 3 else -1
-        fits = fits and A.shape == (groups, rank, x.shape[1]) and B.shape == (groups, weight.shape[1], rank)
-    if not fits:
-        raise ConfigError(f"{described} and {groups} groups do not fit", where=where)
+        require_kernel(where, x)
     if backend == "reference":
-        if A is not None and B is not None:
-            return reference.lora_grouped_gemm(x, weight, ends, A, B, scaling)
-        return reference.grouped_gemm(x, weight.to(x.dtype), ends)
-    return _GroupedGemm.apply(x, weight, ends, A, B, scaling)
+        return reference.grouped_linear(x, weight, ends, A, B, scaling, bias=bias)
+    return _GroupedGemm.apply(x, ends, scaling, backend, *stack.tensors)
+
+
+def require_kernel(where: str, x: torch.Tensor) -> None:
+    """Raise unless the kernels take x.
+
+    Raises:
+        UnsupportedError: Its dtype or its device is none of theirs.
+    """
+    dispatch.resolve(where, x, "triton")
+    if x.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"the Triton kernel of {where} multiplies float16 and bfloat16, and x is {x.dtype}",
+            where=f"argument backend of {where}",
+            hint="use backend='auto'",
+        )
+
+
+def variants() -> Iterator[Variant]:
+    """Forms of the kernels for ahead-of-time compilation."""
+    for dtype in ("fp16", "bf16"):
+        p = f"*{dtype}"
+        common = {
+            "num_warps": TILE.num_warps,
+            "num_stages": TILE.num_stages,
+            "minimum": bfloat16_minimum(dtype),
+            "representative": dtype == "bf16",
+        }
+        sizes = dict.fromkeys(("rows", "width", "columns", "groups", "x_stride", "base_stride", "out_stride"), "i32")
+        tile = {"ROWS": TILE.rows, "COLUMNS": TILE.columns, "DEPTH": TILE.depth}
+        for form, strides, added in (
+            ("plain", {"matrix_row": 1, "matrix_column": "i32"}, ()),
+            ("update", {"matrix_row": "i32", "matrix_column": 1}, ("base", "bias")),
+        ):
+            dynamic = {name: kind for name, kind in strides.items() if isinstance(kind, str)}
+            fixed = {name: value for name, value in strides.items() if not isinstance(value, str)}
+            yield Variant(
+                f"grouped_gemm_rows-{dtype}-{form}",
+                rows_kernel,
+                {"x": p, "matrices": p, "ends": "*i32", "out": p, **dict.fromkeys(added, p), **sizes, **dynamic}
+                | {"matrix_group": "i64", "scaling": "fp32"},
+                {"GROUPS": 128, **tile, **fixed, **{n: None for n in ("base", "bias") if n not in added}},
+                **common,
+            )
+        yield Variant(
+            f"grouped_gemm_columns-{dtype}",
+            columns_kernel,
+            {"left": p, "right": p, "ends": "*i32", "out": "*fp32", "scaling": "fp32"}
+            | dict.fromkeys(("rows", "columns", "left_stride", "right_stride"), "i32"),
+            tile,
+            **common,
+        )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+
+from .glu import packed_glu
 
 
 def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -23,12 +28,49 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> t
     return torch.cat(parts)
 
 
-def lora_grouped_gemm(
-    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    A: torch.Tensor | None = None,
+    B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``grouped_gemm`` plus ``scaling * (x @ A[g].T) @ B[g].T``, with A [G, r, I] and B [G, O, r]."""
-    update = grouped_gemm(grouped_gemm(x, A.to(x.dtype), ends), B.to(x.dtype), ends)
-    return grouped_gemm(x, weight.to(x.dtype), ends) + scaling * update
+    """``grouped_gemm`` plus ``bias[g]`` plus ``scaling * (x @ A[g].T) @ B[g].T``: [G, O], [G, r, I] and [G, O, r]."""
+    y = grouped_gemm(x, weight.to(x.dtype), ends)
+    if A is not None and B is not None:
+        y = y + scaling * grouped_gemm(grouped_gemm(x, A.to(x.dtype), ends), B.to(x.dtype), ends)
+    if bias is not None:
+        lengths = torch.diff(ends, prepend=ends.new_zeros(1))
+        y = y + bias.to(x.dtype).repeat_interleave(lengths, 0)
+    return y
+
+
+def experts_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    up: Sequence[Any],
+    down: Sequence[Any],
+    activation: str = "silu",
+    **options: Any,
+) -> torch.Tensor:
+    """``sum_k weights[t, k] * down[e](glu(up[e](x[t])))`` with ``e = experts[t, k]``.
+
+    ``up`` and ``down`` hold weight, bias, A, B and scaling as ``grouped_linear`` takes them; ``options`` are those of
+    ``packed_glu``.
+    """
+
+    def linear(rows: torch.Tensor, stack: Sequence[Any]) -> torch.Tensor:
+        weight, bias, A, B, scaling = stack
+        return grouped_linear(rows, weight, ends, A, B, scaling, bias=bias)
+
+    counts = torch.bincount(experts.reshape(-1), minlength=up[0].shape[0])
+    ends = counts.cumsum(0).to(torch.int32)
+    hidden = packed_glu(linear(permute(x, experts), up), activation, **options)
+    return unpermute(linear(hidden, down), experts, weights)
 
 
 def permute(x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,154 @@
+"""Experts as one node against float64 truth of the plain formula: outputs, every gradient, and what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
+from pantheraml.kernels.experts import experts_mlp
+from pantheraml.kernels.grouped_gemm import Stack
+from pantheraml.kernels.reference.grouped_gemm import experts_mlp as reference
+
+from .support import DTYPES, assert_matches, random
+
+EXPERTS = torch.tensor([[2, 0], [0, 3], [3, 2], [2, 5], [0, 3], [3, 5], [2, 0]])
+HIDDEN, INNER, RANK, GROUPS = 12, 20, 4, 6
+WAYS = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("triton", torch.float16), ("triton", torch.bfloat16), *(("auto", dtype) for dtype in DTYPES.values())],
+    ids=["triton-fp16", "triton-bf16", *(f"auto-{name}" for name in DTYPES)],
+)
+ADAPTERS = ("A1", "B1", "A2", "B2")
+WEIGHTS, BIASES = ("W1", "W2"), ("b1", "b2")
+GPT_OSS = {"interleaved": True, "limit": 1.5, "alpha": 1.702, "up_offset": 1.0}
+
+
+def tensors():
+    return {
+        "x": random(len(EXPERTS), HIDDEN),
+        "weights": random(len(EXPERTS), 2, seed=1).sigmoid(),
+        "W1": random(GROUPS, 2 * INNER, HIDDEN, seed=2, scale=0.3),
+        "W2": random(GROUPS, HIDDEN, INNER, seed=3, scale=0.3),
+        "b1": random(GROUPS, 2 * INNER, seed=4),
+        "b2": random(GROUPS, HIDDEN, seed=5),
+        "A1": random(GROUPS, RANK, HIDDEN, seed=6, scale=0.3),
+        "B1": random(GROUPS, 2 * INNER, RANK, seed=7, scale=0.3),
+        "A2": random(GROUPS, RANK, INNER, seed=8, scale=0.3),
+        "B2": random(GROUPS, HIDDEN, RANK, seed=9, scale=0.3),
+        "experts": EXPERTS,
+    }
+
+
+def call(op, options):
+    def run(x, weights, experts, W1, W2, b1=None, b2=None, A1=None, B1=None, A2=None, B2=None):
+        up, down = Stack(W1, b1, A1, B1, 1.7), Stack(W2, b2, A2, B2, 0.6)
+        return op(x, experts, weights, up, down, **options)
+
+    return run
+
+
+def compare(names, grad, backend, dtype, device, options, keep=None):
+    inputs = {name: t for name, t in tensors().items() if name in (*names, *WEIGHTS, "x", "weights", "experts")}
+    kernel, eager = call(experts_mlp, {**options, "backend": backend}), call(reference, options)
+    assert_matches(kernel, eager, inputs, dtype=dtype, device=device, grad=grad, keep=keep)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("names", "grad"),
+    [
+        (ADAPTERS, ("x", "weights", *ADAPTERS)),
+        ((), ("x", "weights")),
+        ((), ("x", "weights", *WEIGHTS)),
+        ((*BIASES, *ADAPTERS), ("x", "weights", *ADAPTERS)),
+        ((*BIASES, *ADAPTERS), ("x", "weights", *WEIGHTS, *BIASES, *ADAPTERS)),
+    ],
+    ids=["adapters", "frozen", "trained experts", "adapters beside biases", "everything"],
+)
+@pytest.mark.parametrize("options", [{}, GPT_OSS], ids=["silu", "gpt-oss"])
+def test_outputs_and_gradients(options, names, grad, backend, dtype, device):
+    compare(names, grad, backend, dtype, device, options)
+
+
+def test_weights_of_zero_and_float32_weights(device):
+    """The gradient of a weight does not divide by it."""
+    inputs = tensors()
+    inputs["weights"][1:4, 0] = 0.0
+    kernel, eager = call(experts_mlp, {"backend": "triton"}), call(reference, {})
+    keep = dict.fromkeys(("weights", *ADAPTERS), torch.float32)
+    grad = ("x", "weights", *ADAPTERS)
+    assert_matches(kernel, eager, inputs, dtype=torch.bfloat16, device=device, grad=grad, keep=keep)
+
+
+@pytest.mark.parametrize("grad", [("x",), ("weights",), ("A2",), ("B1",), ("b1",), ("W2",)], ids="+".join)
+def test_one_gradient_alone(grad, device):
+    compare((*ADAPTERS, *BIASES), grad, "auto", torch.float32, device, {})
+
+
+def test_gradcheck():
+    inputs = tensors()
+    experts = inputs.pop("experts")
+    names = list(inputs)
+    leaves = tuple(inputs[name].requires_grad_() for name in names)
+    op = call(experts_mlp, GPT_OSS)
+    assert torch.autograd.gradcheck(lambda *values: op(experts=experts, **dict(zip(names, values))), leaves)
+
+
+def test_kept_for_the_backward():
+    """Of the rows of all choices only the outputs of the first product stay, and thin ones."""
+    inputs = {name: t.float() if t.is_floating_point() else t for name, t in tensors().items()}
+    for name in ("x", "weights", *ADAPTERS):
+        inputs[name] = inputs[name].requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        call(experts_mlp, {})(**inputs)
+    known = {t.data_ptr() for t in inputs.values()}
+    rows = [t for t in kept if t.is_floating_point() and t.data_ptr() not in known]
+    assert sorted(t.shape[1] for t in rows) == [RANK, RANK, 2 * INNER]
+
+
+def wrong(**changed):
+    inputs = {**tensors(), **changed}
+    return lambda: call(experts_mlp, changed.pop("options", {}))(**inputs)
+
+
+WRONG = {
+    "experts of other tokens": (ConfigError, wrong(experts=EXPERTS[:3])),
+    "float experts": (ArgumentError, wrong(experts=EXPERTS.double())),
+    "weights": (ConfigError, wrong(weights=torch.ones(7, 3))),
+    "no way back": (ConfigError, wrong(W2=torch.zeros(GROUPS, HIDDEN + 1, INNER), A2=None, B2=None, b2=None)),
+    "inner width": (ConfigError, wrong(W2=torch.zeros(GROUPS, HIDDEN, INNER + 1))),
+    "A alone": (ConfigError, wrong(B1=None)),
+}
+
+
+@pytest.mark.parametrize(("error", "run"), WRONG.values(), ids=WRONG.keys())
+def test_what_it_cannot_take(error, run):
+    with pytest.raises(error):
+        run()
+
+
+def test_the_kernels_refuse_float64(device):
+    with pytest.raises(UnsupportedError):
+        call(experts_mlp, {"backend": "triton"})(**{n: t.to(device) for n, t in tensors().items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_real_shapes(dtype, backend, gpu):
+    tokens, hidden, inner, rank, groups = 1000, 512, 384, 16, 32
+    inputs = {
+        "x": random(tokens, hidden),
+        "weights": random(tokens, 4, seed=1).softmax(1),
+        "W1": random(groups, 2 * inner, hidden, seed=2, scale=hidden**-0.5),
+        "W2": random(groups, hidden, inner, seed=3, scale=inner**-0.5),
+        "A1": random(groups, rank, hidden, seed=6, scale=hidden**-0.5),
+        "B1": random(groups, 2 * inner, rank, seed=7, scale=rank**-0.5),
+        "A2": random(groups, rank, inner, seed=8, scale=inner**-0.5),
+        "B2": random(groups, hidden, rank, seed=9, scale=rank**-0.5),
+        "experts": random(tokens, groups, seed=11).topk(4, 1).indices,
+    }
+    kernel, eager = call(experts_mlp, {"backend": backend}), call(reference, {})
+    assert_matches(kernel, eager, inputs, dtype=dtype, device=gpu, grad=("x", "weights", *ADAPTERS))
