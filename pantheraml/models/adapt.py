@@ -17,24 +17,29 @@ from ..device import get_device
 from . import loss as _loss  # noqa: F401  (registers the losses of lazy logits)
 from .families import KEEP_STOCK
 from .fused_head import uninstall_fused_head
-from .layers import attention, decoder, head, lora, mlp, norm
+from .layers import attention, decoder, experts, head, lora, mlp, norm
 from .layers.slots import Swap, foreign_forward, install, is_installed, swap_of, uninstall
-from .roles import Candidate, Role, base_model, find_roles
+from .roles import Candidate, Role, base_model, find_roles, is_parameter_lora
 
 __all__ = ["AdaptReport", "Left", "Swapped", "adapt", "restore"]
+
+
+def _plan_lora(module: nn.Module) -> Swap | str:
+    return experts.plan_lora(module) if is_parameter_lora(module) else lora.plan(module)
+
 
 Planner = Callable[[nn.Module], Swap | str]
 PLANNERS: dict[Role, Planner] = {
     Role.NORM: norm.plan,
     Role.GLU_MLP: mlp.plan,
     Role.ATTENTION: attention.plan,
-    Role.LORA: lora.plan,
+    Role.LORA: _plan_lora,
     Role.HEAD: head.plan,
+    Role.EXPERTS: experts.plan,
     Role.LAYER: decoder.plan,
 }
 # Differs in every layer and decides nothing by itself: what depends on it lies in attributes of its own.
 _POSITION = "layer_idx"
-NOT_SERVED: dict[Role, str] = {Role.EXPERTS: "transformers' own grouped experts serve it"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Swapped:
 
     Attributes:
         module: Its name in the transformers model.
-        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"``, ``"head"`` or ``"layer"``.
+        role: ``"norm"``, ``"glu"``, ``"attention"``, ``"lora"``, ``"head"``, ``"layer"`` or ``"experts"``.
         implementation: The op that serves it.
     """
 
@@ -118,8 +123,6 @@ def _decide(candidate: Candidate, decided: dict[tuple[object, ...], Swap | str])
     module = candidate.module
     if get_device().type == "xla" and candidate.role is not Role.HEAD:
         return "the XLA compiler fuses it"
-    if candidate.role in NOT_SERVED:
-        return NOT_SERVED[candidate.role]
     exception = KEEP_STOCK.get(type(module).__name__)
     if exception is not None:
         return exception
@@ -155,7 +158,8 @@ def adapt(model: nn.Module) -> AdaptReport:
             # What PEFT has wrapped since: the wrapper plays the role now.
             uninstall(module)
     decided: dict[tuple[object, ...], Swap | str] = {}
-    for candidate in candidates:
+    # LoRA on experts is served as the experts inside are.
+    for candidate in sorted(candidates, key=lambda candidate: candidate.role is Role.LORA):
         module = candidate.module
         if candidate.role is Role.LORA:
             lora.adopt(module)

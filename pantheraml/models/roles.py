@@ -153,6 +153,11 @@ def is_lora(module: nn.Module) -> bool:
     )
 
 
+def is_parameter_lora(module: Any) -> bool:
+    """Whether a module is PEFT's LoRA on one parameter of the module that it wraps."""
+    return hasattr(module, "parameter_name") and hasattr(module, "lora_A") and hasattr(module, "base_layer")
+
+
 def looks_like_experts(module: nn.Module) -> bool:
     """Several three-dimensional parameters whose first dimension is a number of experts that the module knows."""
     stacked = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
@@ -224,6 +229,14 @@ def decoder_children(module: nn.Module) -> tuple[str, str, list[str]] | None:
     return attention[0], mlp[0], norms
 
 
+def looks_like_layer(module: nn.Module) -> bool:
+    """One attention and norms, whatever else there is."""
+    children = list(module.children())
+    return sum(looks_like_attention(child) for child in children) == 1 and any(
+        is_declared_norm(child) or looks_like_norm(child) for child in children
+    )
+
+
 def find_roles(model: nn.Module) -> list[Candidate]:
     """Propose a role for every module that has one.
 
@@ -252,7 +265,7 @@ def find_roles(model: nn.Module) -> list[Candidate]:
             found.append(Candidate(name, module, Role.EXPERTS))
         elif looks_like_glu_mlp(module):
             found.append(Candidate(name, module, Role.GLU_MLP))
-        elif decoder_children(module) is not None:
+        elif looks_like_layer(module):
             found.append(Candidate(name, module, Role.LAYER))
     return found + heads
 

@@ -125,9 +125,10 @@ MUST_BE_ACCELERATED = {
     "granite": {"norm", "glu", "head"},
     "olmo2": {"norm", "glu", "head"},
     "cohere": {"norm", "glu", "head"},
-    "gpt_oss": {"norm", "head"},
-    "qwen3_moe": {"norm", "head"},
-    "mixtral": {"norm", "head"},
+    "gpt_oss": {"norm", "experts", "head"},
+    "qwen3_moe": {"norm", "experts", "head"},
+    "mixtral": {"norm", "experts", "head"},
+    "deepseek_v3": {"norm", "glu", "experts", "head"},
 }
 
 

@@ -98,16 +98,15 @@ def test_report_names_modules_roles_and_reasons():
     report = adapt(make_tiny("mixtral", num_local_experts=4))
     assert "model.norm" in [entry.module for entry in report.swapped if entry.role == "norm"]
     assert [entry.module for entry in report.swapped if entry.role == "head"] == ["lm_head"]
-    assert {(entry.role, entry.module) for entry in report.left} == {
-        ("experts", f"model.layers.{i}.mlp.experts") for i in range(2)
-    }
+    assert {(entry.role, entry.module) for entry in report.left} == {("layer", f"model.layers.{i}") for i in range(2)}
     assert all(entry.reason for entry in report.left)
     line = report.summary()
     assert "\n" not in line
     assert line.startswith(f"MixtralForCausalLM: {len(report.swapped)} modules swapped (")
     assert "rms_norm 5, " in line
     assert "linear_cross_entropy 1" in line
-    assert "left: experts 2 (" in line
+    assert "experts_mlp[silu] 2, " in line
+    assert "left: layer 2 (its MLP is a mixture of experts" in line
 
 
 def test_a_deep_copy_runs_on_its_own_weights(batch):

@@ -221,7 +221,7 @@ def test_projections_of_different_dtype_are_left():
         ("llama", {Role.NORM: 5, Role.GLU_MLP: 2, Role.LAYER: 2, Role.HEAD: 1}),
         ("qwen3", {Role.NORM: 9, Role.GLU_MLP: 2, Role.LAYER: 2, Role.HEAD: 1}),
         ("phi3", {Role.NORM: 5, Role.GLU_MLP: 2, Role.LAYER: 2, Role.HEAD: 1}),
-        ("mixtral", {Role.NORM: 5, Role.EXPERTS: 2, Role.HEAD: 1}),
+        ("mixtral", {Role.NORM: 5, Role.EXPERTS: 2, Role.LAYER: 2, Role.HEAD: 1}),
         ("gpt2", {Role.NORM: 5, Role.HEAD: 1}),
     ],
 )

@@ -21,7 +21,7 @@ from ...kernels.projections import Projection
 from ...parallel.context import ContextGroup
 from ..attention.documents import PACKING, Divided
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
-from ..roles import decoder_children, plain_tensor
+from ..roles import decoder_children, looks_like_experts, plain_tensor
 from .attention import AttentionPlan, attention_function
 from .block import Spec, decoder_layer
 from .levels import Keep, Level
@@ -114,6 +114,8 @@ def plan(module: Any) -> Swap | str:
         What to install, or why the module keeps its forward.
     """
     found = decoder_children(module)
+    if found is None and any(looks_like_experts(child) for child in module.modules()):
+        return "its MLP is a mixture of experts: its parts are served one by one"
     if found is None:
         return "it holds something besides attention, a gated MLP and norms"
     attention, mlp, norms = found
