@@ -6,9 +6,11 @@ on that is spent where a byte saves the most time, the last layers first, becaus
 that is worth keeping takes more than half of it, the second step spends half, and by what that really took, losses
 between blocks included, the steps after it spend what is left. Layers that run as one node (``layers.block``) can be
 kept in parts, on the device or, all but the MLP's inner part, on the host, at costs that follow from their shapes;
-others are kept or recomputed as a whole, at a cost that the first step measures. Where the device does not report its
-memory (a CPU), everything is kept; an XLA device, whose compiler lays out a step's memory before it runs, recomputes
-every layer.
+others are kept or recomputed as a whole, at a cost that the first step measures. Where a model is sharded, the weights
+that a layer gathered for its forward may stay for its backward from the same memory, at the cost of gathering them
+again; its ranks then plan together, for the largest of their batches, as they wait for one another in every layer
+anyway. Where the device does not report its memory (a CPU), everything is kept; an XLA device, whose compiler lays out
+a step's memory before it runs, recomputes every layer.
 
 Works through the seam that transformers gives every ``GradientCheckpointingLayer``: the function that runs a layer
 under checkpointing is ours, per instance. Recomputation is the non-reentrant kind, which DDP needs, except on XLA.
@@ -17,8 +19,9 @@ under checkpointing is ours, per instance. Recomputation is the non-reentrant ki
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,9 +34,10 @@ from .. import log, xla_runtime
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from ..parallel import context
+from ..parallel.fsdp import Gathering, gathering_of
 from .allotment import allot_with_room, least_of, spent, underway
 from .host_memory import HostStash, OffloadSaved, available_bytes
-from .layers.costs import Cost, costs_of
+from .layers.costs import Cost, cost_of_weights, costs_of, forward_seconds
 from .layers.decoder import is_node
 from .layers.levels import Host, Keep, Level, Offload
 from .record import FRACTION, record_of
@@ -134,12 +138,6 @@ def _size(hidden: torch.Tensor) -> tuple[int, int]:
     return hidden.numel() // hidden.shape[-1], hidden.shape[-2] * (1 if divided is None else divided.group.size)
 
 
-def _agreed(numbers: list[int], *, least: bool = False) -> list[int]:
-    """The largest or least of the ranks that share the sequences: all have to recompute, and so exchange, the same."""
-    divided = context.current()
-    return numbers if divided is None else divided.group.agree(numbers, least=least)
-
-
 @dataclass
 class _Measured:
     """What one size of forward on one device needs.
@@ -180,8 +178,8 @@ class _Group:
     indices: list[int] = field(default_factory=list)
     measured: _Measured | None = None
     lowest: dict[int, Level] = field(default_factory=dict)
-    # (tokens, sequence length) -> levels
-    allotted: dict[tuple[int, int], list[Level]] = field(default_factory=dict)
+    # (tokens, sequence length) -> levels of the layers, and which of them keep their gathered weights
+    allotted: dict[tuple[int, int], tuple[list[Level], list[bool]]] = field(default_factory=dict)
 
 
 class ActivationPlan:
@@ -194,6 +192,7 @@ class ActivationPlan:
         memory: Reads the allocator of a device; replaced in tests.
         costs: What a layer's levels hold and take; None for a layer that is kept whole or not at all.
         host_memory: Reads how many bytes of the host may be used.
+        gathering: How the layers of a sharded model gather their weights; None where that is settled.
     """
 
     def __init__(
@@ -205,11 +204,13 @@ class ActivationPlan:
         memory: Callable[[torch.device], Memory | None] = read_memory,
         costs: Callable[[nn.Module, int, int], dict[Level, Cost] | None] = costs_of,
         host_memory: Callable[[], int] = available_bytes,
+        gathering: Gathering | None = None,
     ) -> None:
         check_fraction(fraction)
         self.mode = mode
         self.fraction = fraction
         self.levels: list[Level] = [_FIXED.get(mode, INPUT) for _ in layers]
+        self.gathered = [False for _ in layers]
         self._on_xla = get_device().type == "xla"
         self._layers = list(layers)
         self._index = {id(layer): i for i, layer in enumerate(layers)}
@@ -221,6 +222,10 @@ class ActivationPlan:
         self._groups: dict[torch.device, _Group] | None = None
         self._measuring: int | None = None
         self._told: str | None = None
+        self._gathering = gathering if mode == "auto" else None
+        self._begun: weakref.ref[torch.Tensor] | None = None
+        # What happened to this rank alone, until the others are told.
+        self._ran_out = self._unpinned = False
         self._stash = HostStash(self._without_host)
 
     @property
@@ -255,13 +260,22 @@ class ActivationPlan:
     def shrink(self) -> None:
         """After an allocation failed: keep the least from now on, until a new size is measured."""
         self._free_cached()
+        self._keep_least()
+        self._ran_out = True
+        self.levels = [HOST if self._layers_on_gpu() else INPUT for _ in self.levels]
+        log.warning("activations: the device ran out of memory; from here on every layer is recomputed")
+
+    def _keep_least(self) -> None:
         for group in (self._groups or {}).values():
             group.allotted.clear()
             if group.measured is not None:
                 group.measured.peak, group.measured.budget = group.measured.limit, 0
                 group.measured.rounds, group.measured.trying = _ROUNDS, None
-        self.levels = [HOST if self._layers_on_gpu() else INPUT for _ in self.levels]
-        log.warning("activations: the device ran out of memory; from here on every layer is recomputed")
+
+    def _leave_host(self) -> None:
+        self._host_bytes = 0
+        for group in (self._groups or {}).values():
+            group.allotted.clear()
 
     def _without_host(self, reason: str) -> None:
         """After the host had no memory for tensors: use none of it from the next step on.
@@ -283,9 +297,8 @@ class ActivationPlan:
                 why=f"the host gave no pinned memory: {reason}",
                 hint="raise the memory limits of the container, or pass use_gradient_checkpointing=True",
             )
-        self._host_bytes = 0
-        for group in (self._groups or {}).values():
-            group.allotted.clear()
+        self._leave_host()
+        self._unpinned = True
         log.once(f"activations stay on the device: the host gave no pinned memory ({reason})")
 
     def describe(self) -> str:
@@ -306,6 +319,8 @@ class ActivationPlan:
         if any(m.unfinished for m in measured):
             return f"activations: measuring, more of the {layers} layers are recomputed until then"
         tokens = max(m.tokens for m in measured)
+        if any(self.gathered):
+            parts.append(f"gathered weights of {sum(self.gathered)} kept for the backward")
         return f"activations of {layers} layers at {tokens:,} tokens: {', '.join(parts)}"
 
     # ------------------------------------------------------------ planning
@@ -340,12 +355,17 @@ class ActivationPlan:
     def _on_host(self, costs: dict[Level, Cost]) -> dict[Level, Cost]:
         """The levels that the host has memory for if all layers are kept so; the input alone is its last resort."""
         if self._host_bytes is None:
-            (self._host_bytes,) = _agreed([self._host_memory()], least=True)
+            (self._host_bytes,) = self._agree([self._host_memory()], least=True)
         room = self._host_bytes // max(len(self._layers), 1)
         return {level: cost for level, cost in costs.items() if level == HOST or cost.host_bytes <= room}
 
     def _begin(self, hidden: torch.Tensor) -> None:
         """Start a forward: finish the measurement of the last step, and choose the levels of this one."""
+        if self._plans_together:
+            if self._begun is not None and self._begun() is hidden:
+                # The first layer asks again where its node cannot run, or had no memory; the other ranks' may not.
+                return
+            self._begun = weakref.ref(hidden)
         tokens, length = _size(hidden)
         self._measuring = None
         if self._groups is None:
@@ -354,6 +374,15 @@ class ActivationPlan:
                 # Shards may wait in host memory; the layer runs where its input is.
                 place = next((p.device for p in layer.parameters() if not isinstance(p, DTensor)), hidden.device)
                 self._groups.setdefault(place, _Group()).indices.append(index)
+            if all(self._memory(place) is None for place in self._groups):
+                self._gathering = None
+        if self._gathering is not None:
+            tokens, length, ran_out, unpinned = self._agree([tokens, length, self._ran_out, self._unpinned])
+            if ran_out:
+                self._keep_least()
+            if unpinned:
+                self._leave_host()
+        self._ran_out = self._unpinned = False
         for device, group in self._groups.items():
             memory = self._memory(device)
             if memory is None:
@@ -361,9 +390,9 @@ class ActivationPlan:
                 for index in group.indices:
                     self.levels[index] = ALL
                 continue
-            if context.current() is not None and self._reads(group, tokens, length):
-                (free,) = _agreed([memory.free], least=True)
-                allocated, peak, reserved = _agreed([memory.allocated, memory.peak, memory.reserved])
+            if self._plans_together and self._reads(group, tokens, length):
+                (free,) = self._agree([memory.free], least=True)
+                allocated, peak, reserved = self._agree([memory.allocated, memory.peak, memory.reserved])
                 memory = Memory(allocated, peak, free, reserved)
             self._plan(group, memory, hidden, tokens, length)
         planned = [g.measured for g in self._groups.values() if g.measured is not None]
@@ -372,6 +401,20 @@ class ActivationPlan:
             if told != self._told:
                 self._told = told
                 log.info(told)
+
+    @property
+    def _plans_together(self) -> bool:
+        return self._gathering is not None or context.current() is not None
+
+    def _agree(self, numbers: list[int], *, least: bool = False) -> list[int]:
+        """The largest or least of the ranks that have to plan the same, because they exchange what they recompute.
+
+        They share the sequences, or the weights, which all ranks do.
+        """
+        if self._gathering is not None:
+            return self._gathering.agree(numbers, least=least)
+        divided = context.current()
+        return numbers if divided is None else divided.group.agree(numbers, least=least)
 
     @staticmethod
     def _reads(group: _Group, tokens: int, length: int) -> bool:
@@ -390,7 +433,7 @@ class ActivationPlan:
             limit = memory.allocated + int(self.fraction * memory.free)
             group.measured = _Measured(tokens, length, limit)
             group.allotted.clear()
-            self._start(group, memory, hidden, tokens, length)
+            self._start(group, memory, tokens * hidden.shape[-1] * hidden.element_size(), tokens, length)
             return
         assert measured.peak is not None
         if measured.trying is not None:
@@ -401,8 +444,14 @@ class ActivationPlan:
             if len(group.allotted) >= _REMEMBERED:
                 group.allotted.clear()
             group.allotted[size] = self._allot(group, measured, tokens, length)
-        for index, level in zip(group.indices, group.allotted[size]):
+        for index, level, kept in zip(group.indices, *group.allotted[size]):
             self.levels[index] = level
+            self._keep_weights(index, kept)
+
+    def _keep_weights(self, index: int, kept: bool) -> None:
+        if self._gathering is not None:
+            self._gathering.keep(self._layers[index], kept)
+            self.gathered[index] = kept
 
     @staticmethod
     def _read(measured: _Measured, memory: Memory) -> None:
@@ -420,15 +469,16 @@ class ActivationPlan:
             measured.budget = int((1 - _SLACK) * (measured.limit - measured.peak) / measured.factor)
             measured.rounds = _ROUNDS
 
-    def _allot(self, group: _Group, measured: _Measured, tokens: int, length: int) -> list[Level]:
+    def _allot(self, group: _Group, measured: _Measured, tokens: int, length: int) -> tuple[list[Level], list[bool]]:
         assert measured.peak is not None
-        costs = [self._offered(index, group, tokens, length) for index in group.indices]
+        costs: list[Mapping[Any, Cost]] = [self._offered(index, group, tokens, length) for index in group.indices]
+        costs += [self._of_weights(self._layers[index], tokens) for index in group.indices]
         # The measured peak has this of what the layers hold.
-        held = spent(costs, [group.lowest.get(index, INPUT) for index in group.indices])
+        held = spent(costs, [*(group.lowest.get(i, INPUT) for i in group.indices), *(False for _ in group.indices)])
         if measured.budget is None:
             measured.budget = int((1 - _SLACK) * (measured.limit - measured.peak))
             trial = int(_TRIAL * measured.budget)
-            needed = spent(costs, [ALL] * len(costs)) - held
+            needed = sum(max(cost.bytes for cost in c.values()) for c in costs) - held
             if trial > 0 and needed > trial and spent(costs, allot_with_room(costs, held + trial)) > held:
                 measured.budget = trial
             else:
@@ -440,7 +490,15 @@ class ActivationPlan:
             measured.trying = kept, tokens
             # What is reserved at its end shall be of this step alone.
             self._free_cached()
-        return levels
+        layers = len(group.indices)
+        return levels[:layers], levels[layers:]
+
+    def _of_weights(self, layer: nn.Module, tokens: int) -> dict[bool, Cost]:
+        """What it takes to gather a layer's weights again, or to keep them from forward to backward."""
+        gathering = self._gathering
+        if gathering is None:
+            return {False: Cost(0, 0.0)}
+        return cost_of_weights(layer, tokens, gathering.bytes_of(layer), gathering.seconds_of(layer))
 
     def _offered(self, index: int, group: _Group, tokens: int, length: int) -> dict[Level, Cost]:
         """The levels of a layer; a layer that is no node is kept whole or not at all."""
@@ -453,14 +511,15 @@ class ActivationPlan:
         measured = group.measured
         assert measured is not None
         whole = measured.whole * tokens // measured.tokens
+        seconds = forward_seconds(self._layers[index], tokens)
         # A layer whose size nobody measured stays as it is.
-        return {group.lowest.get(index, INPUT): Cost(0, 1.0), ALL: Cost(whole, 0.0 if measured.whole else 2.0)}
+        kept = Cost(whole, 0.0 if measured.whole else 2 * seconds)
+        return {group.lowest.get(index, INPUT): Cost(0, seconds), ALL: kept}
 
-    def _start(self, group: _Group, memory: Memory, hidden: torch.Tensor, tokens: int, length: int) -> None:
-        """The levels of the step that measures: inputs only, and those on the host that would not fit."""
+    def _start(self, group: _Group, memory: Memory, own: int, tokens: int, length: int) -> None:
+        """The levels of the step that measures: inputs of ``own`` bytes only, and those on the host that do not fit."""
         # What is reserved at its end shall be of this step alone.
         self._free_cached()
-        own = hidden.numel() * hidden.element_size()
         costs = self._costs(self._layers[group.indices[-1]], tokens, length)
         working = int(_WORKING_LAYERS * costs[ALL].bytes) if costs is not None else 8 * own
         room = int(self.fraction * memory.free) - working
@@ -469,6 +528,7 @@ class ActivationPlan:
         group.lowest = {index: HOST if i < moved else INPUT for i, index in enumerate(group.indices)}
         for index, level in group.lowest.items():
             self.levels[index] = level
+            self._keep_weights(index, kept=False)
         if costs is None and not moved:
             self._measuring = group.indices[-1]
 
@@ -483,7 +543,7 @@ class ActivationPlan:
         assert after is not None
         assert group.measured is not None
         own = hidden.numel() * hidden.element_size()
-        (group.measured.whole,) = _agreed([max(after.allocated - before.allocated - own, 1)])
+        (group.measured.whole,) = self._agree([max(after.allocated - before.allocated - own, 1)])
         self._measuring = None
         return output
 
@@ -566,7 +626,10 @@ def set_activation_plan(
                 hint="pass use_gradient_checkpointing=True",
             )
         mode = "recompute" if mode == "auto" and layers else mode
-    plan = ActivationPlan(layers, mode, fraction=activation_memory_fraction)
+    gathering = gathering_of(model)
+    if gathering is not None:
+        gathering.release()
+    plan = ActivationPlan(layers, mode, fraction=activation_memory_fraction, gathering=gathering)
     for layer in layers:
         layer.gradient_checkpointing = mode != "keep"  # type: ignore[assignment]
         layer._gradient_checkpointing_func = plan.run  # type: ignore[assignment]

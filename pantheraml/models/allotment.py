@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .layers.costs import Cost
-from .layers.levels import Level
 
 # Layers whose tensors are on the device although they wait on the host: on their way there, in use, coming back.
 _UNDERWAY = 3
 
 
-def least_of(costs: dict[Level, Cost]) -> Level:
+def least_of(costs: Mapping[Any, Cost]) -> Any:
     """The level that holds the least on the device, and of those the fastest."""
     return min(costs, key=lambda level: (costs[level].bytes, costs[level].seconds))
 
 
-def upgrades(costs: dict[Level, Cost]) -> list[tuple[Level, int, float]]:
+def upgrades(costs: Mapping[Any, Cost]) -> list[tuple[Any, int, float]]:
     """The levels worth keeping at, each with the bytes and seconds beyond the one before, the best byte first.
 
     Levels that save less time a byte than a larger one does are passed over, so that the gain a byte only falls.
     """
-    chosen: list[tuple[Level, int, float]] = []
+    chosen: list[tuple[Any, int, float]] = []
     level = least_of(costs)
     while True:
         here = costs[level]
@@ -34,11 +34,12 @@ def upgrades(costs: dict[Level, Cost]) -> list[tuple[Level, int, float]]:
         level = best[0]
 
 
-def allot(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
+def allot(costs: Sequence[Mapping[Any, Cost]], budget: int) -> list[Any]:
     """Choose each layer's level so that ``budget`` bytes in all save the most time.
 
     Args:
-        costs: Of each layer in forward order, what the levels it can be kept at hold and take.
+        costs: Of each layer in forward order, what the levels it can be kept at hold and take. Of a sharded model then
+            the same of each layer's weights.
         budget: Bytes of the device to spend; what the least levels hold is spent in any case.
     """
     levels = [least_of(c) for c in costs]
@@ -60,17 +61,17 @@ def allot(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
     return levels
 
 
-def spent(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
+def spent(costs: Sequence[Mapping[Any, Cost]], levels: Sequence[Any]) -> int:
     """Bytes of the device that layers hold at ``levels``."""
     return sum(c[level].bytes for c, level in zip(costs, levels))
 
 
-def underway(costs: Sequence[dict[Level, Cost]], levels: Sequence[Level]) -> int:
+def underway(costs: Sequence[Mapping[Any, Cost]], levels: Sequence[Any]) -> int:
     """Bytes of the device that tensors on their way to the host and back take at a time."""
     return _UNDERWAY * max((c[level].host_bytes for c, level in zip(costs, levels)), default=0)
 
 
-def allot_with_room(costs: Sequence[dict[Level, Cost]], budget: int) -> list[Level]:
+def allot_with_room(costs: Sequence[Mapping[Any, Cost]], budget: int) -> list[Any]:
     """``allot``, where the tensors that are on their way to the host and back find room too."""
     levels = allot(costs, budget)
     moving = underway(costs, levels)

@@ -1,8 +1,9 @@
 """A model whose weights are sharded over the ranks: torch's FSDP2, one decoder layer a unit, and the whole model again.
 
 A unit's weights are gathered before its forward and its backward and freed after each, so that a layer computes on
-plain tensors like everywhere else, and holds ``DTensor`` parameters in between. 4-bit weights are sharded as the bytes
-they are; their scales, a sixteenth of them or less, stay on every rank.
+plain tensors like everywhere else, and holds ``DTensor`` parameters in between. What a plan of memory finds room for
+stays gathered from the forward to the backward. 4-bit weights are sharded as the bytes they are; their scales, a
+sixteenth of them or less, stay on every rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -25,11 +27,14 @@ from .._compat.fsdp import integers_allowed
 from ..device import get_device
 from ..errors import ConfigError, UnsupportedError
 from .parts import FOUR_BIT, STATE, allow_use, gather, in_parts, store_four_bit_plainly
-from .process_group import meet
+from .process_group import host_group, meet
 from .ranks import get_rank, get_world_size
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_GATHERING = "_pantheraml_gathering"
+# Of which the rate of gathering is measured at most: larger messages are not faster.
+_MEASURED_BYTES = 256 * 2**20
 
 
 def is_sharded(model: Any) -> bool:
@@ -42,7 +47,7 @@ def shard(
     layers: Sequence[nn.Module],
     *,
     compute_dtype: torch.dtype | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | None = None,
     offload: OffloadPolicy | None = None,
     shard_size: int | None = None,
 ) -> None:
@@ -55,7 +60,8 @@ def shard(
         layers: Its decoder layers, each of which becomes a unit; the embedding becomes one, and the rest.
         compute_dtype: Dtype in which weights are gathered and computed with, for float32 weights that train in mixed
             precision; None (default) leaves every weight in its own.
-        reshard_after_forward: Whether a layer's weights are freed between forward and backward, default True.
+        reshard_after_forward: Whether a layer's weights are freed between forward and backward. Default None: they are
+            unless a plan of memory, which ``gathering_of`` serves, has room for them.
         offload: Where the shards are kept, default on the device.
         shard_size: Number of neighbouring ranks that share one model, such as those of a host; the others hold copies
             of their shards. Default all.
@@ -68,25 +74,45 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     _check(model, layers)
     store_four_bit_plainly(model)
+    mesh = _mesh(shard_size or get_world_size())
     options: dict[str, Any] = {
-        "mesh": _mesh(shard_size or get_world_size()),
-        # Gradients of 16-bit weights are summed over the ranks in float32.
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(compute_dtype, _sum_dtype(model, compute_dtype)),
         **({} if offload is None else {"offload_policy": offload}),
     }
+    within = options | {"reshard_after_forward": reshard_after_forward is not False}
     for layer in layers:
         gather([layer])
-        _unit(layer, reshard_after_forward=reshard_after_forward, **options)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        _unit(layer, **within)
+    first: list[Any] = []
+    outermost: Any = model
+    embedding, head = outermost.get_input_embeddings(), outermost.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if not tied and type(embedding) is nn.Embedding and embedding._parameters:
         gather([embedding])
-        _unit(embedding, reshard_after_forward=reshard_after_forward, **options)
+        _unit(embedding, **within)
+        # The gradient of a table does not depend on it.
+        table: Any = embedding
+        table.set_unshard_in_backward(False)
+        first = [table]
     gather([model])
     _unit(model, **options)
     allow_use(model)
-    for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+    units: list[Any] = [model, *first, *layers]
+    for unit, following in itertools.pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    if reshard_after_forward is None and layers:
+        _serve_plan(model, layers, compute_dtype, mesh, offloaded=offload is not None)
+
+
+def _sum_dtype(model: nn.Module, compute_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Dtype in which gradients are summed over the ranks, None for their own.
+
+    Two ranks' gradients of bfloat16 weights make one sum, which is rounded once whatever it travels in; those of more,
+    and float32 weights' that are computed with in 16 bits, are added in float32.
+    """
+    narrow = any(p.requires_grad and p.dtype is torch.float16 for p in model.parameters())
+    return None if get_world_size() == 2 and compute_dtype is None and not narrow else torch.float32
 
 
 def _unit(module: nn.Module, **options: Any) -> None:
@@ -131,6 +157,121 @@ def _check(model: nn.Module, layers: Sequence[nn.Module]) -> None:
                 where=kind.__name__,
                 hint="load in 16 bits or with load_in_4bit=True, or let every GPU hold a copy: strategy='ddp'",
             )
+
+
+# ---------------------------------------------------------------- for a plan of memory
+
+
+class Gathering:
+    """What a plan of memory has to know about the decoder layers' units, and what it may change.
+
+    Whether a unit gathers its weights again is a matter of all ranks: they have to plan the same.
+
+    Args:
+        layers: The layers, while they are sharded.
+        compute_dtype: Dtype in which float32 weights are gathered, or None for their own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], compute_dtype: torch.dtype | None) -> None:
+        self._bytes = {id(layer): _gathered_bytes(layer, compute_dtype) for layer in layers}
+        self._rate = float("inf")
+        self._kept: dict[int, Any] = {}
+
+    def measure(self, mesh: DeviceMesh, *, offloaded: bool) -> None:
+        """Find out how fast weights are gathered among the ranks of a mesh. All ranks have to call it."""
+        self._rate = _rate_of_gathering(mesh, min(max(self._bytes.values()), _MEASURED_BYTES), offloaded=offloaded)
+
+    def bytes_of(self, layer: nn.Module) -> int:
+        """Bytes of a layer's gathered weights."""
+        return self._bytes[id(layer)]
+
+    def seconds_of(self, layer: nn.Module) -> float:
+        """How long gathering a layer's weights takes where nothing else runs."""
+        return self.bytes_of(layer) / self._rate
+
+    def keep(self, layer: Any, kept: bool) -> None:
+        """Let a layer's weights stay from the following forwards to their backward, or not."""
+        if kept != (id(layer) in self._kept):
+            layer.set_reshard_after_forward(not kept, recurse=False)
+            if kept:
+                self._kept[id(layer)] = layer
+            else:
+                del self._kept[id(layer)]
+
+    def release(self) -> None:
+        """Keep no layer's: no backward follows."""
+        for layer in list(self._kept.values()):
+            self.keep(layer, kept=False)
+
+    def agree(self, numbers: Sequence[int], *, least: bool = False) -> list[int]:
+        """The same numbers on all ranks: of each the largest, or the least, that one of them has."""
+        return _agree(numbers, least=least)
+
+
+def gathering_of(model: nn.Module) -> Gathering | None:
+    """How the layers of a model gather their weights, where it was sharded and that was left to a plan; else None."""
+    return model.__dict__.get(_GATHERING)
+
+
+def _gathered_bytes(layer: nn.Module, compute_dtype: torch.dtype | None) -> int:
+    sizes = (
+        (p.numel(), p.element_size() if compute_dtype is None or not p.is_floating_point() else compute_dtype.itemsize)
+        for p in layer.parameters()
+        if isinstance(p, DTensor)
+    )
+    return sum(count * size for count, size in sizes)
+
+
+def _serve_plan(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    compute_dtype: torch.dtype | None,
+    mesh: DeviceMesh,
+    *,
+    offloaded: bool,
+) -> None:
+    gathering = model.__dict__[_GATHERING] = Gathering(layers, compute_dtype)
+    gathering.measure(mesh, offloaded=offloaded)
+
+    def before(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            gathering.release()
+
+    model.register_forward_pre_hook(before)
+
+
+def _rate_of_gathering(mesh: DeviceMesh, size: int, *, offloaded: bool) -> float:
+    """Bytes a second of gathering ``size`` bytes as FSDP2 does: into one row, and from there to where they are used."""
+    device = get_device()
+    host_group()
+    if not device.is_gpu:
+        return float("inf")
+    place, group = device.torch_device, mesh.get_group(mesh.ndim - 1)
+    share = -(-size // group.size())
+    held = torch.zeros(share, dtype=torch.uint8, pin_memory=True) if offloaded else None
+    own = torch.zeros(share, dtype=torch.uint8, device=place)
+    row = torch.empty(share * group.size(), dtype=torch.uint8, device=place)
+    used = torch.empty_like(row)
+    all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # older than torch 2.13
+    backend = getattr(torch, device.torch_type)
+    begin, end = backend.Event(enable_timing=True), backend.Event(enable_timing=True)
+    # The first time connects the ranks.
+    for _ in range(2):
+        begin.record()
+        if held is not None:
+            own.copy_(held, non_blocking=True)
+        all_gather(row, own, group=group)
+        used.copy_(row)
+        end.record()
+        end.synchronize()
+    (slowest,) = _agree([int(begin.elapsed_time(end) * 1e6)])
+    return len(row) / (slowest / 1e9)
+
+
+def _agree(numbers: Sequence[int], *, least: bool = False) -> list[int]:
+    facts = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(facts, dist.ReduceOp.MIN if least else dist.ReduceOp.MAX, group=host_group())
+    return facts.tolist()
 
 
 # ---------------------------------------------------------------- whole again

@@ -35,6 +35,8 @@ _GLOO_THREADS = 2
 _joined = itertools.count()
 # Where the ranks met, when the caller said so.
 _address: str | None = None
+# The group of all ranks, and that of theirs which exchanges host memory.
+_host_groups: dict[Any, Any] = {}
 
 
 def setup_distributed_training(config: MultiGPUConfig | None = None) -> MultiGPUConfig:
@@ -129,6 +131,7 @@ def join_after_restart() -> None:
 
 def cleanup_distributed_training() -> None:
     """Leave the process group; without one nothing happens."""
+    _host_groups.clear()
     if is_grouped():
         dist.destroy_process_group()
 
@@ -334,6 +337,20 @@ def _carrier() -> torch.device:
     return get_device().torch_device if "gloo" not in dist.get_backend() else torch.device("cpu")
 
 
+def host_group() -> Any:
+    """All ranks, for exchanges of host memory, which wait for no device. All have to ask for it first at once."""
+    world: Any = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups.clear()
+        if "gloo" in dist.get_backend():
+            _host_groups[world] = world
+        else:
+            # Not public, like what sets it.
+            timeout = world._get_backend(get_device().torch_device).options._timeout
+            _host_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
+    return _host_groups[world]
+
+
 class _Ending:
     """How this process is about to end."""
 
@@ -387,6 +404,9 @@ def _settle() -> None:
     Models that a script still holds keep the group and its threads. A thread that had no time to drop a tensor would do
     so while the interpreter ends, when it can no longer take the interpreter's lock, and abort the process.
     """
-    if is_grouped() and "gloo" in dist.get_backend():
+    if not is_grouped():
+        return
+    world: Any = dist.group.WORLD
+    for group in {*([world] if "gloo" in dist.get_backend() else []), *_host_groups.values()}:
         for _ in range(_GLOO_THREADS):
-            dist.barrier()
+            dist.barrier(group)

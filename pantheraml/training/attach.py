@@ -284,6 +284,9 @@ def _write_report(trainer: Any, metrics: MetricsWriter, record: ModelRecord, err
         "trained parameters": f"{trained:,} ({trained / max(total, 1):.2%})",
         "device": get_device().name or get_device().type,
     }
+    plan = getattr(model, "activation_plan", None)
+    if plan is not None:
+        facts["memory"] = plan.describe()
     adapted = getattr(model, "adapt_report", None)
     modules = []
     if adapted is not None:

@@ -15,6 +15,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
+from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from .. import env, log
@@ -123,10 +124,20 @@ def install(trainer: Any, record: ModelRecord) -> None:
     if record.full_finetuning:
         # Otherwise every rank would hold the gradients of all weights between the steps.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    trainer.add_callback(_Fresh())
     _prepare_sharded(trainer)
     _save_whole(trainer)
     if in_parts(trainer.model):
         apply(trainer)
+
+
+class _Fresh(TrainerCallback):
+    """Lets go of gathered weights before they change: a forward that no backward followed has left some."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Free the gathered weights of every unit."""
+        if is_sharded(kwargs["model"]):
+            reshard(kwargs["model"])
 
 
 def _enable_on_cpu(trainer: Any) -> None:
@@ -153,13 +164,14 @@ def apply(trainer: Any) -> None:
         if misplaced and offload is None:
             model.to(device.torch_device)
     compute = _compute_dtype(model, trainer.accelerator.mixed_precision)
+    config = trainer.args.fsdp_config or {}
     shard(
         model,
         decoder_layers(model),
         compute_dtype=compute,
-        reshard_after_forward=plugin.reshard_after_forward is not False,
+        reshard_after_forward=plugin.reshard_after_forward if "reshard_after_forward" in config else None,
         offload=offload,
-        shard_size=(trainer.args.fsdp_config or {}).get("shard_size"),
+        shard_size=config.get("shard_size"),
     )
     write_whole(model)
     log.once(f"the model is sharded over {get_world_size()} ranks", key="sharded")

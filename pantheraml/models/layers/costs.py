@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .attention import AttentionPlan
@@ -34,7 +35,30 @@ _ATTENTION_RATE = 500e12
 # on an H100), and waits for what outlasts it.
 _HOST_RATE = 50e9
 _HOST_FELT = 0.11
+# Gathering weights runs beside the arithmetic, which feels this share of it, and waits for what outlasts it.
+_GATHERING_FELT = 0.4
 _STATISTIC_BYTES = 4
+
+
+def forward_seconds(layer: nn.Module, tokens: int) -> float:
+    """How long the products of a layer's forward take, as an estimate like those of ``costs_of``."""
+    # Bytes of 4-bit weights stand for two numbers each.
+    weights = sum(p.numel() * (2 if p.dtype is torch.uint8 else 1) for p in layer.parameters())
+    return 2.0 * tokens * weights / _PRODUCT_RATE
+
+
+def cost_of_weights(layer: nn.Module, tokens: int, held: int, seconds: float) -> dict[bool, Cost]:
+    """What it takes to gather a sharded layer's weights again for its backward, and to keep them: False and True.
+
+    Args:
+        layer: A decoder layer.
+        tokens: Tokens of a forward.
+        held: Bytes of the gathered weights.
+        seconds: Of gathering them while nothing else runs.
+    """
+    # A backward, beside which they are gathered, is no shorter than a forward.
+    felt = _GATHERING_FELT * seconds + max(0.0, seconds - forward_seconds(layer, tokens))
+    return {False: Cost(0, felt), True: Cost(held, 0.0)}
 
 
 def costs_of(layer: nn.Module, tokens: int, length: int) -> dict[Level, Cost] | None:
