@@ -53,7 +53,8 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(keep_u, keep_skinny, *tensors)
         ctx.set_materialize_grads(False)
         ctx.statics, ctx.separate, ctx.shape = statics, u is not None, x.shape
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        # Detached, these are no views to autograd: a model may write into them.
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]).detach() for y in outputs)
 
     @staticmethod
     @once_differentiable

@@ -36,7 +36,7 @@ class _LoraMLP(torch.autograd.Function):
             (y,), down_skinny = project(hidden, hidden, terms[2:])
         ctx.save_for_backward(x, gate, up, skinny, down_skinny, *tensors)
         ctx.statics, ctx.activation, ctx.options = statics, activation, options
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1]).detach()
 
     @staticmethod
     @once_differentiable

@@ -124,7 +124,7 @@ def combine(
         gathered = rows.index_select(0, inverse).view(count, choices, width)
         if weights is None:
             return gathered.sum(1, dtype=wide).to(rows.dtype)
-        return torch.einsum("tkh,tk->th", gathered.to(wide), weights.to(wide)).to(rows.dtype)
+        return torch.bmm(weights.to(wide).unsqueeze(1), gathered.to(wide))[:, 0].to(rows.dtype).detach()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
     block = min(BLOCK, next_power_of_2(width))

@@ -167,6 +167,23 @@ def test_adapters_keep_their_meaning(calls):
             assert_near_truth(step(ours), step(model), truth_of(model))
 
 
+@pytest.mark.parametrize("level", [None, Level(Keep.INPUT)], ids=str)
+def test_a_layers_output_can_be_written_into(level, calls):
+    """As models do that add features of images to the tokens of some layers."""
+    model = with_lora(make_tiny("llama")).train()
+
+    def written(model):
+        for layer in model.get_base_model().model.layers:
+            layer.register_forward_hook(lambda _module, _args, output: output.__setitem__((0, slice(2)), 0.5))
+        return step(model)
+
+    expected = written(copy.deepcopy(model))
+    ours, _ = adapted(model, level)
+    got = written(ours)
+    assert len(calls) == 2
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "reason", ["a hook", "a cache", "dropout in attention", "dropout in an adapter", "a replaced module"]
 )

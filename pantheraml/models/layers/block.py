@@ -522,7 +522,8 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.fetch = spec.offload([h.detach(), *moved]) if spec.offload is not None else None
         ctx.save_for_backward(None if ctx.fetch is not None else h, *tensors)
         ctx.layer, ctx.state = layer, state
-        return out.view(h.shape)
+        # Detached, it is no view to autograd: a model may write into it.
+        return out.view(h.shape).detach()
 
     @staticmethod
     @once_differentiable
