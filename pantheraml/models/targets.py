@@ -27,6 +27,9 @@ _EXPERT_LEAVES = {
     "up_proj": ("gate_up_proj", "up_proj", "w3"),
     "down_proj": ("down_proj", "w2"),
 }
+# Families whose state space kernels read these layers' weights directly, so that PEFT refuses adapters on them.
+_MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_MAMBA_LEAVES = frozenset({"out_proj", "conv1d"})
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -157,6 +160,19 @@ def _expert_parameters(model: nn.Module) -> list[str]:
     ]
 
 
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _reach_others(model: nn.Module, suffixes: Iterable[str]) -> bool:
+    """Whether a name would reach modules besides linear layers: those in a list are called 0, as the first layer is."""
+    return any(
+        any(_ends_with(name, suffix) for suffix in suffixes)
+        for name, module in model.named_modules()
+        if not hasattr(module, "base_layer") and not name.endswith(".base_layer") and not _is_linear(module)
+    )
+
+
 def _reaches(regex: str, name: str) -> bool:
     """Whether a regular expression written for Linear layers reaches the MLP that ``name`` stacks."""
     mlp = name.rpartition(".")[0].removesuffix(".experts")
@@ -242,7 +258,8 @@ def resolve_targets(
         return _by_expression(model, wanted, linears, scopes, layers, explicit_parameters)
     if wanted is None or wanted == "all-linear":
         scopes = EVERYTHING if wanted == "all-linear" else scopes
-        names = [name for name in linears if _leaf(name) not in _EXCLUDED_LEAVES and scopes.allow(name)]
+        excluded = _EXCLUDED_LEAVES | (_MAMBA_LEAVES if _model_type(model) in _MAMBA_TYPES else frozenset())
+        names = [name for name in linears if _leaf(name) not in excluded and scopes.allow(name)]
         asked = None
         suffixes = sorted({_leaf(name) for name in names})
         reach = [name for name in linears if _leaf(name) in suffixes]
@@ -268,7 +285,7 @@ def resolve_targets(
             where="argument finetune_language_layers and others",
             hint="switch at least one part and one of attention and mlp on",
         )
-    modules = suffixes if len(names) == len(reach) else names
+    modules = suffixes if len(names) == len(reach) and not _reach_others(model, suffixes) else names
     native_layers = None if mixed else layers
     matched = names
     if native_layers is not None:

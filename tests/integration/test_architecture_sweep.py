@@ -138,6 +138,8 @@ MUST_BE_ACCELERATED = {
     "deepseek_v3": {"norm", "glu", "experts", "head"},
 }
 
+# Their own forward does not run with PEFT's layers.
+WITHOUT_LORA = {"deepseek_v4"}
 # Layers that no node serves yet.
 IN_PARTS = {"gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3"}
 
@@ -303,11 +305,10 @@ def test_stock_and_adapted_agree_with_lora(model_type, nodes):
     try:
         tuned = with_lora(model)
         stock = run(tuned, ids, labels)
-    # PEFT refuses some families, and some do not run with it.
     except FOREIGN_ERRORS as error:
         refused = " ".join(str(error).split())[:120]
     if refused is not None:
-        assert model_type not in MUST_BE_ACCELERATED, refused
+        assert model_type in WITHOUT_LORA, refused
         pytest.skip(f"{model_type} does not train with LoRA: {refused}")
     report = adapt(tuned)
     nodes.clear()
