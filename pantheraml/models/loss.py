@@ -83,7 +83,9 @@ def _cross_entropy(
     node = input.use_without_reading()
     with node.projection.here().circumstances():
         loss = _linear_cross_entropy(node, target, ignore_index, reduction, label_smoothing)
-    return loss.to(input.dtype)
+    # Autocast takes cross entropies in float32.
+    widened = torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16)
+    return loss.to(torch.float32 if widened else input.dtype)
 
 
 def _linear_cross_entropy(

@@ -578,3 +578,21 @@ def test_everything_masked_gives_zero_and_stays_connected(batch):
     assert got.log_probs.sum() == 0
     got.log_probs.sum().backward()
     restore(adapted)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_loss_of_16_bit_logits_has_the_dtype_of_stock(autocast):
+    """Autocast takes it in float32, and it is not rounded to 16 bits afterwards."""
+    model = make_tiny("llama").bfloat16()
+    ids = torch.arange(12).view(1, 12)
+
+    def loss(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=ids, use_cache=False).logits
+            return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+
+    expected = loss(model)
+    adapt(model)
+    got = loss(model)
+    assert got.dtype == expected.dtype == (torch.float32 if autocast else torch.bfloat16)
+    torch.testing.assert_close(got, expected, rtol=1e-4 if autocast else 1e-2, atol=0)
