@@ -138,7 +138,7 @@ def nf4_to_fp8_kernel(
     rows,
     width,
     out_stride,
-    nested_blocksize,
+    NESTED_BLOCKSIZE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
@@ -151,7 +151,7 @@ def nf4_to_fp8_kernel(
     m_row = o_row < rows
     m_block = m_row[:, None] & (o_block < blocks)[None, :]
     o_flat = o_row[:, None] * blocks + o_block[None, :]
-    b_scale = _scales(p_absmax, p_nested_absmax, p_nested_code, p_nested_offset, o_flat, m_block, nested_blocksize)
+    b_scale = _scales(p_absmax, p_nested_absmax, p_nested_code, p_nested_offset, o_flat, m_block, NESTED_BLOCKSIZE)
     b_row_scale = tl.load(p_row_scales + o_row, mask=m_row, other=1.0)
     b_inverse = tl.div_rn(tl.full((ROWS,), 1.0, dtype=tl.float32), b_row_scale)
     b_scale = (b_scale * b_inverse[:, None])[:, :, None]
@@ -345,7 +345,7 @@ def nf4_to_fp8(
             rows=rows,
             width=width,
             out_stride=out.stride(0),
-            nested_blocksize=quantized.nested_blocksize or 1,
+            NESTED_BLOCKSIZE=quantized.nested_blocksize or 1,
             ROWS=tile_rows,
             GROUPS=blocks,
             HALF=quantized.blocksize // 2,
@@ -451,10 +451,15 @@ def variants() -> Iterator[Variant]:
                     "p_row_scales": "*fp32",
                     "p_out": f"*{fp8}",
                     "out_stride": "i64",
-                    "nested_blocksize": "i32",
                     **sizes,
                 },
-                {"ROWS": tile_rows, "GROUPS": tile_columns // 64, "HALF": 32, "TRANSPOSED": transposed},
+                {
+                    "NESTED_BLOCKSIZE": 256,
+                    "ROWS": tile_rows,
+                    "GROUPS": tile_columns // 64,
+                    "HALF": 32,
+                    "TRANSPOSED": transposed,
+                },
                 num_warps=FOUR_BIT_WARPS,
                 minimum=least,
                 amd=amd,
