@@ -2,7 +2,8 @@
 
 Accelerate fills an incomplete last round with rows from the beginning of the epoch, which trains them twice, or leaves
 some ranks without a batch, for which the others wait for ever. Here the last rows are divided among the ranks, and a
-rank that gets none runs a batch without labels, which adds nothing to the loss or the gradient.
+rank that gets none runs a batch without labels, which adds nothing to the loss or the gradient. Evaluations have
+batches as one process has them.
 """
 
 from __future__ import annotations
@@ -100,10 +101,16 @@ class _Idle(dict[str, Any]):
 
 
 class _Rows(Dataset[Any]):
-    """A data set that also answers to the negative indices of ``EvenBatches``."""
+    """A data set that also answers to the negative indices of ``EvenBatches``.
 
-    def __init__(self, dataset: Any) -> None:
+    Args:
+        dataset: The data set.
+        filled: Whether an idle row stands for each that is missing, so that all ranks have as many rows.
+    """
+
+    def __init__(self, dataset: Any, *, filled: bool = False) -> None:
         self.dataset = dataset
+        self.filled = filled
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,8 +120,11 @@ class _Rows(Dataset[Any]):
         return row if index >= 0 else _Idle(row)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
+        if self.filled:
+            idle = min(indices[0], -1 - indices[0])
+            indices = [idle if index == MISSING else index for index in indices]
         indices = [index for index in indices if index != MISSING]
-        if indices[0] < 0 or not hasattr(self.dataset, "__getitems__"):
+        if min(indices) < 0 or not hasattr(self.dataset, "__getitems__"):
             return [self[index] for index in indices]
         return self.dataset.__getitems__(indices)
 
@@ -135,9 +145,18 @@ class _Collator:
 
     def __call__(self, rows: list[Any]) -> Any:
         batch = self.collate(rows)
+        idle = [isinstance(row, _Idle) for row in rows]
         # A user's collator may name its labels otherwise: then the row counts twice, as Accelerate has it.
-        if isinstance(rows[0], _Idle) and "labels" in batch:
+        if not any(idle) or "labels" not in batch:
+            return batch
+        if all(idle):
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        elif len(batch["labels"]) == len(rows):
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][torch.tensor(idle)] = IGNORED
+        else:
+            # Rows that are joined to one: no rank needs as many of them as the others.
+            batch = self.collate([row for row in rows if not isinstance(row, _Idle)])
         return batch
 
 
@@ -152,6 +171,21 @@ def evened(loader: DataLoader[Any], ranks: int) -> DataLoader[Any]:
         return loader
     sampler: Any = loader.batch_sampler
     return _with(loader, _Rows(loader.dataset), EvenBatches(sampler.sampler, sampler.batch_size, ranks))
+
+
+def ordered(loader: DataLoader[Any], ranks: int, *, filled: bool) -> DataLoader[Any]:
+    """The same loader with ``OrderedBatches``, for an evaluation; what ``evened`` leaves stays as it is.
+
+    Args:
+        loader: A loader before Accelerate prepares it, whose batches have ``labels``.
+        ranks: Number of ranks.
+        filled: Whether all ranks have to have as many rows, because what the model makes of them is gathered.
+    """
+    if _obstacle(loader) is not None:
+        return loader
+    sampler: Any = loader.batch_sampler
+    rows = _Rows(loader.dataset, filled=filled)
+    return _with(loader, rows, OrderedBatches(sampler.sampler, sampler.batch_size, ranks))
 
 
 def shared(loader: DataLoader[Any], groups: int, ranks: int, *, training: bool) -> DataLoader[Any]:

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -330,6 +330,15 @@ def all_reduce_scalar(scalar: float | torch.Tensor, average: bool = True) -> flo
     total = torch.tensor(value, dtype=torch.float64, device=_carrier())
     dist.all_reduce(total)
     return float(total) / (dist.get_world_size() if average else 1)
+
+
+def all_reduce_sums(numbers: Sequence[float]) -> list[float]:
+    """The sums of as many numbers over all ranks, in float64; without a launch, the numbers themselves."""
+    if not is_grouped() or dist.get_world_size() == 1:
+        return list(numbers)
+    totals = torch.tensor(numbers, dtype=torch.float64, device=_carrier())
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def _carrier() -> torch.device:

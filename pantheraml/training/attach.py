@@ -32,6 +32,7 @@ from ..models.record import ModelRecord, record_of
 from ..parallel.process_group import fail
 from . import (
     context_parallel,
+    evaluation,
     optimizers,
     padding_free,
     preparation,
@@ -152,6 +153,7 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     context_parallel.install(trainer)
     optimizers.install(trainer)
     figures = defer_figures(trainer)
+    evaluation.install(trainer)
     watch = StepWatch(trainer)
     guard = (DeviceGuard if on_xla else NonFiniteGuard)(
         trainer,
