@@ -307,7 +307,7 @@ def _tiled(weight: Fp8Weight, device: torch.device, dtype: torch.dtype, eager: b
 def fp8_product(
     x: Fp8Input, weight: Fp8Base, *, bias: torch.Tensor | None = None, backend: dispatch.Backend = "auto"
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` in the dtype of x. No gradient of its own; see ``lora_linear``.
+    """``x @ weight.T + bias`` in the dtype of x, deterministic. No gradient of its own; see ``lora_linear``.
 
     Args:
         x: The input [T, I]. On a GPU bfloat16 (what row-wise scaled products give).
@@ -384,7 +384,7 @@ def _tile_gradient(
 def fp8_input_gradient(
     grads: Sequence[torch.Tensor], weights: Sequence[Fp8Base], *, backend: dispatch.Backend = "auto"
 ) -> torch.Tensor:
-    """``sum of grad @ weight`` over weights that share their input, in the dtype of the gradients.
+    """``sum of grad @ weight`` over weights that share their input, in the dtype of the gradients. Deterministic.
 
     Args:
         grads: [T, O_i] each, of one dtype.

@@ -124,7 +124,8 @@ def linear_log_probs(
 ) -> LogProbs:
     """Log-probability of each label under ``softmax(z / temperature)``, for preference and reinforcement learning.
 
-    ``z`` as in ``linear_cross_entropy``. With a frozen head the forward also computes each row's gradient for an
+    ``log_prob = z[label] / temperature - logsumexp(z / temperature)`` in float32, ``z`` as in ``linear_cross_entropy``,
+    deterministic. With a frozen head the forward also computes each row's gradient for an
     upstream of one, and the backward multiplies it by the upstream gradient: two matrix products in all. With a trained
     head (weight or bias) the backward computes the logits again, chunk by chunk. It can be differentiated once.
 

@@ -200,6 +200,7 @@ def lora_linear(
 
     The compute dtype is that of ``x``; A and B may be float32 masters, are cast for the products and get gradients in
     their own dtype. Sums are float32 inside the products. Autocast is off inside. It can be differentiated once.
+    Deterministic but for dropout.
     LoRA: https://arxiv.org/abs/2106.09685; rsLoRA (https://arxiv.org/abs/2312.03732) is a matter of ``scaling``.
 
     Args:
@@ -241,7 +242,9 @@ def lora_qkv(
     dropout: float = 0.0,
     backend: dispatch.Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three LoRA projections of one input with a joint backward; formulas and dtypes as in ``lora_linear``.
+    """Three LoRA projections of one input with a joint backward: ``q = x @ Wq.T + ...`` and so on.
+
+    Formulas, dtypes, float32 sums and determinism as in ``lora_linear``: deterministic but for dropout.
 
     The input is read once for all A, kept once, and its gradient is summed inside the products.
 

@@ -89,7 +89,8 @@ def lora_mlp(
 ) -> torch.Tensor:
     """Gated MLP ``down(act(gate(x)) * up(x))`` whose linear layers are frozen bases with low-rank adapters.
 
-    Dtypes and formulas of the layers as in ``lora_linear``, of the activation as in ``glu``. Without dropout and DoRA
+    Dtypes and formulas of the layers as in ``lora_linear``, of the activation as in ``glu``; float32 sums inside the
+    products, deterministic but for dropout. Without dropout and DoRA
     it is one node that keeps ``x``, gate and up; with either it is made of the separate ops, which keep more.
 
     Args:

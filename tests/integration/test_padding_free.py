@@ -75,6 +75,20 @@ def test_joined_and_packed_rows_train_the_step_of_padded_ones(family, tmp_path, 
             )
 
 
+@pytest.mark.parametrize("padding_free", [None, False], ids=["joined", "padded"])
+def test_lengths_can_be_whole_multiples(padding_free, tmp_path, tiny_tokenizer):
+    """Few shapes instead of as many as batches, at the same loss and gradients."""
+    options = {} if padding_free is None else {"padding_free": padding_free}
+    due, expected, _ = one_step(tmp_path, tiny_tokenizer, "llama", **options)
+    loss, gradients, batch = one_step(tmp_path, tiny_tokenizer, "llama", pad_to_multiple_of=64, **options)
+    assert batch["input_ids"].shape[1] % 64 == 0
+    assert batch["input_ids"].shape[0] == (1 if padding_free is None else 16)
+    assert loss == pytest.approx(due, rel=1e-6)
+    for name, gradient in gradients.items():
+        allowed = 200 * torch.finfo(torch.float32).eps * float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=allowed)
+
+
 def test_it_is_told_and_reported(tmp_path, tiny_tokenizer, capsys):
     trainer = trainer_of(tmp_path, tiny_tokenizer)
     assert trainer.padding_free is True
