@@ -94,6 +94,11 @@ CONFIG_KEYWORDS: dict[str, Retired] = {
     "include_tokens_per_second": Retired(note="tokens per second are in metrics.jsonl"),
 }
 
+# Options that transformers reads under another name, and still mirrors under this one.
+RENAMED: dict[str, str] = {
+    f"gradient_checkpointing{what}": f"activation_checkpointing{what}" for what in ("", "_kwargs")
+}
+
 # Options of TrainingArguments that trainers once took themselves.
 MOVABLE: frozenset[str] = frozenset({"neftune_noise_alpha"})
 
@@ -234,6 +239,15 @@ def _settle_launch(given: dict[str, Any]) -> None:
         given.setdefault("use_cpu", True)
 
 
+def _settle_checkpointing(given: dict[str, Any], cls: Any) -> None:
+    """Say by its new name what transformers calls differently now: TRL's defaults have the old one, which warns."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for old, new in RENAMED.items():
+        value = given.get(old, defaults.get(old))
+        if new in defaults and given.get(new) is None and value is not None:
+            given[new] = value
+
+
 def _config_constructor(cls: type, original: Callable[..., None]) -> Callable[..., None]:
     known = _options(cls)
     is_trl = cls.__module__ != _ARGUMENTS_MODULE
@@ -249,6 +263,7 @@ def _config_constructor(cls: type, original: Callable[..., None]) -> Callable[..
         if is_trl:
             _settle_precision(given, where=cls.__name__)
         _settle_launch(given)
+        _settle_checkpointing(given, cls)
         original(self, **given)
         remember(self, explicit)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import log
+from .._compat.peft import answering
 from ..device import require
 from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError, unknown_arguments
 from ..parallel import parts
@@ -353,7 +354,8 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     parts.gather([m for name, m in model.named_modules() if name.rpartition(".")[2] in (config.modules_to_save or ())])
     # With checkpointing on PEFT makes the embedding output require gradients, which only reentrant checkpointing needs.
     set_checkpointing(model, False)
-    wrapped = get_peft_model(model, config)
+    with answering(model):
+        wrapped = get_peft_model(model, config)
     if scheme is not None:
         qat.prepare(wrapped, scheme)
     reached = len(targets.matched)

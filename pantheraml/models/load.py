@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import env, log
+from .._compat.peft import answering
 from ..device import Device, get_device
 from ..errors import (
     ArgumentError,
@@ -174,7 +175,8 @@ def _attach_adapter(model: Any, source: Source, hub: Hub) -> Any:
         saved = source.adapter.get("modules_to_save") or ()
         gather([module for name, module in model.named_modules() if name.rpartition(".")[2] in saved])
     try:
-        wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=True, **options)
+        with answering(model):
+            wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=True, **options)
         if getattr(wrapped.peft_config["default"], "modules_to_save", None) and model.dtype != torch.float32:
             # PEFT read the trained embedding and head into 16-bit copies, which rounded them.
             upcast_trainable(wrapped)

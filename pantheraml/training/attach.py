@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import env, log
+from .._compat.peft import answering
 from .._compat.trl import explicit_names, remember
 from ..device import get_device
 from ..errors import UnsupportedError
@@ -82,7 +83,8 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
             with turn():
                 arguments = before_init(trainer, arguments, record, explicit)
             weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-            with _plain_head(model):
+            # TRL may wrap the model by peft_config.
+            with _plain_head(model), answering(model):
                 yield arguments
         if _is_quantized(model):
             _restore_weights(trainer.model, weights)
