@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,18 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_memory_for_the_others(request):
+    """Tests of huge tensors leave no cached memory behind: other workers' tests share the card."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def build_tokenizer(vocab_size: int = 384):

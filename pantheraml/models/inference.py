@@ -13,6 +13,8 @@ from torch import nn
 
 from ..errors import ArgumentError, ConfigError
 from .checkpointing import configured_mode, inner_model, set_checkpointing
+from .decoding import recorded_steps
+from .layers.step import weights_unchanged
 from .tokenizers import set_padding_side
 
 _GENERATE_MARK = "_pantheraml_generate"
@@ -198,8 +200,10 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(prompt, torch.Tensor) and not prompt.is_floating_point() and prompt.dim() == 2:
         _check_padding(self, prompt, kwargs.get("attention_mask"), _searchable_pad(self))
         _check_length(self, prompt.shape[1], kwargs)
-    with inference_state(self), _length_by_new_tokens(generation, kwargs):
-        return type(self).generate(self, *args, **kwargs)
+    with inference_state(self), weights_unchanged(), _length_by_new_tokens(generation, kwargs):
+        prompt = prompt if isinstance(prompt, torch.Tensor) else None
+        with recorded_steps(self, prompt, kwargs) as given:
+            return type(self).generate(self, *args, **given)
 
 
 def attach_generate(model: nn.Module) -> None:

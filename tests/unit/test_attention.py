@@ -186,6 +186,9 @@ def chip(capability, kind="cuda"):
         (Call("causal", 128, torch.bfloat16), chip((8, 0)), "flash"),
         (Call("causal", 128, torch.float32), chip((9, 0)), "efficient"),
         (Call("causal", 128, torch.float16), chip((7, 5)), "efficient"),
+        (Call("full", 128, torch.bfloat16), chip((9, 0)), "cudnn"),
+        (Call("step", 128, torch.bfloat16), chip((9, 0)), "flash"),
+        (Call("step", 128, torch.bfloat16), chip((7, 5)), "efficient"),
         (Call("documents", 128, torch.bfloat16), chip((9, 0)), "varlen"),
         (Call("documents", 64, torch.bfloat16, sinks=True), chip((9, 0)), "varlen"),
         (Call("documents", 192, torch.bfloat16, value_dim=128, dropout=True), chip((9, 0)), "exact"),
@@ -203,6 +206,22 @@ def test_the_best_kernel_that_can_do_what_is_asked_comes_first(call, device, bes
     table._order.cache_clear()
     assert order(call, device)[0] == best
     table._order.cache_clear()
+
+
+def test_decoding_never_waits_for_plans_of_cudnn():
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    for seen in (None, mask):
+        for causal in (True, False):
+            kind = interface.kind_of_mask(1, seen, causal=causal)
+            for capability in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0)):
+                kernels = order(Call(kind, 128, torch.bfloat16), chip(capability))
+                assert kernels
+                assert "cudnn" not in kernels
+    assert [interface.kind_of_mask(8, m, causal=c) for m, c in ((None, True), (None, False), (mask, True))] == [
+        "causal",
+        "full",
+        "dense",
+    ]
 
 
 def test_documents_are_served_on_every_device():

@@ -113,3 +113,38 @@ def attention(
     probabilities = scores.softmax(-1)
     probabilities = probabilities if sinks is None else probabilities[..., :-1]
     return F.dropout(probabilities.to(value.dtype), dropout, training=dropout > 0) @ value
+
+
+def step_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Attention of one query a row, a decoding step, with a mask.
+
+    torch's kernels that take a mask repeat the keys for the heads that share them and give each head one processor,
+    however many keys there are. These products read keys and values once, with all of the device.
+
+    Args:
+        query: [B, H, 1, D].
+        key: [B, H_kv, S, D].
+        value: [B, H_kv, S, D_v].
+        mask: Broadcasts to [B, H, 1, S]: True where the query sees a key, or a summand of the scores.
+        scale: Factor of the scores, which are summed in float32.
+
+    Returns:
+        [B, 1, H, D_v].
+    """
+    batch, heads, _, size = query.shape
+    shared, length = key.shape[1:3]
+    q = query.reshape(batch * shared, heads // shared, size)
+    k = key.reshape(batch * shared, length, size).transpose(1, 2)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        scores = torch.bmm(q, k, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(q, k).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.view(batch, heads, 1, length) * scale
+    # Not minus infinity: a row without keys has a softmax all the same.
+    least = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(value.dtype).view(batch * shared, heads // shared, length)
+    out = torch.bmm(weights, value.reshape(batch * shared, length, -1))
+    return out.view(batch, 1, heads, -1)

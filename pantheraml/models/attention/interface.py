@@ -151,7 +151,10 @@ def _sdpa(
     *,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    kind = "dense" if mask is not None else "causal" if causal and query.shape[2] > 1 else "full"
+    kind = kind_of_mask(query.shape[2], mask, causal=causal)
+    if kind == "step" and mask is not None and query.is_cuda and not options.get("dropout"):
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        return exact.step_attention(query, key, value, mask, scale=scale), None
     call = table.Call(kind, query.shape[-1], query.dtype, query.shape[2])
     order = table.order(call) if query.is_cuda else ()
     if not order:
@@ -161,6 +164,13 @@ def _sdpa(
         return whole_rows_attention(query, key, value, order, scale=scale, dropout=dropout), None
     with sdpa_kernel([SDPA[name] for name in order], set_priority=True):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def kind_of_mask(length: int, mask: torch.Tensor | None, *, causal: bool) -> str:
+    """The table's word for ``length`` queries a row that see what ``mask`` or, without one, ``causal`` says."""
+    if length == 1:
+        return "step"
+    return "dense" if mask is not None else "causal" if causal else "full"
 
 
 def whole_rows_attention(

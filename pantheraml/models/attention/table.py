@@ -22,7 +22,7 @@ class Call:
 
     Attributes:
         kind: ``"causal"`` (all before the token), ``"documents"`` (packed rows or a window), ``"dense"`` (a mask of
-            T x T), or ``"full"`` (everything: one query of a decoding step, an encoder).
+            T x T), ``"full"`` (everything: an encoder), or ``"step"`` (one query a row, a decoding step).
         head_dim: Size of a head of queries and keys.
         dtype: Of queries, keys and values.
         length: Tokens of the longest document.
@@ -79,6 +79,10 @@ TABLE = (
     Row("dense", "cuda", ("cudnn", "efficient", "math"), capability=(9, 0), head_dim=256),
     Row("dense", "cuda", ("efficient", "math")),
     Row("dense", "hip", ("efficient", "math")),
+    # No cuDNN: it plans anew for each length of the keys, which grow by one at every step.
+    Row("step", "cuda", ("flash", "efficient", "math"), capability=(8, 0)),
+    Row("step", "cuda", ("efficient", "math")),
+    Row("step", "hip", ("flash", "efficient", "math")),
     Row("documents", "cuda", ("varlen", "flex", "efficient", "exact"), capability=(8, 0)),
     # xformers is there only where it was asked for (the extra of that name).
     Row("documents", "cuda", ("xformers", "efficient", "flex", "exact")),

@@ -24,6 +24,7 @@ from ..probe import FOREIGN_ERRORS, Formula, choose, copy_child, stand_in
 from ..roles import QKV, base_layer, is_linear, linear_children, qkv_children
 from .lora import compute_dtype, projection_of
 from .slots import Swap, plan_of, stock_forward
+from .step import is_bound_by_host, is_step
 
 # Norms of queries and keys, as the families call them.
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -130,6 +131,8 @@ class _Attribute:
 
 def _project(children: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values: together where all three are LoRA layers or frozen, else each by its own forward."""
+    if is_step(x):
+        return tuple(children[name](x) for name in QKV)
     q, k, v = (projection_of(children[name], x) for name in QKV)
     if q and k and v and (q.adapters or k.adapters or v.adapters):
         return kernels.lora_qkv(x.to(compute_dtype(x)), q, k, v)
@@ -143,6 +146,8 @@ def _finish(plan: AttentionPlan, module: nn.Module, x: torch.Tensor, attended: t
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped attention; a call that the plan does not cover goes to the stock forward."""
     plan: AttentionPlan = plan_of(self)
+    if torch.is_tensor(x := args[0] if args else kwargs.get("hidden_states")) and is_bound_by_host(x):
+        return stock_forward(self, *args, **kwargs)
     call = {**dict(zip(_NAMED, args)), **kwargs}
     x, positions = call.get("hidden_states"), call.get("position_embeddings")
     attend = attention_function(self)

@@ -19,6 +19,7 @@ from ...kernels.reference.nf4 import Quantized4Bit
 from ..roles import is_lora, plain_tensor
 from .fp8 import Fp8Linear
 from .slots import Swap, stock_forward
+from .step import is_step, known, project
 
 _PACKED = "_pantheraml_quantized"
 # Classes of 4-bit layers, by name because bitsandbytes is optional, and whether they multiply in fp8.
@@ -124,9 +125,14 @@ def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection |
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped LoRA layer: ``x [..., in_features]`` to ``[..., out_features]``."""
     x = args[0] if len(args) == 1 and not kwargs else None
-    projection = projection_of(self, x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+    step = isinstance(x, torch.Tensor) and is_step(x)
+    projection = None
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        projection = _known_projection(self, x) if step else projection_of(self, x)
     if projection is None or x is None:
         return stock_forward(self, *args, **kwargs)
+    if step and (y := project(x.to(compute_dtype(x)), projection)) is not None:
+        return y
     first, *more = projection.adapters
     return kernels.lora_linear(
         x.to(compute_dtype(x)),
@@ -137,6 +143,23 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bias=projection.bias,
         adapters=more,
     )
+
+
+def _known_projection(layer: Any, x: torch.Tensor) -> Projection | None:
+    """The same as ``projection_of``, found out once where nobody changes weights meanwhile."""
+    kept = known()
+    if kept is None:
+        return projection_of(layer, x)
+    # Adapters may be switched off for a single step, such as to compare with the base model.
+    names = tuple(layer.active_adapters)
+    told = compute_dtype(x), layer.disable_adapters, layer.merged, names, _untouched_lora(layer)
+    before = kept.projections.get(id(layer))
+    if before is not None and before[1] == told:
+        return before[2]
+    projection = projection_of(layer, x)
+    if projection is not None:
+        kept.projections[id(layer)] = layer, told, projection
+    return projection
 
 
 def adopt(module: Any) -> None:

@@ -15,6 +15,7 @@ from ..probe import Formula, Regime, choose, copy_child, regime_of, stand_in
 from ..roles import base_layer, is_linear, linear_children, splits_packed
 from .lora import compute_dtype, projection_of
 from .slots import Swap, plan_of, stock_forward
+from .step import is_bound_by_host, is_step
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu2", "sigmoid")
 # Sizes of the stand-in's linear layers.
@@ -44,7 +45,7 @@ class GluPlan:
     def compute(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Apply the formula with the module's children, which may be quantised or carry adapters."""
         children: dict[str, Any] = module._modules
-        if self.up is not None:
+        if self.up is not None and not is_step(x):
             gate, up, down = (projection_of(children[name], x) for name in (self.gate, self.up, self.down))
             if gate and up and down and (gate.adapters or up.adapters or down.adapters):
                 return kernels.lora_mlp(x.to(compute_dtype(x)), gate, up, down, self.activation)
@@ -63,7 +64,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped MLP: ``x [..., H]`` to the same shape; any other call goes to the stock forward."""
     plan: GluPlan = plan_of(self)
     x = args[0] if len(args) == 1 and not kwargs else None
-    if not isinstance(x, torch.Tensor) or regime_of(x, None) not in plan.regimes:
+    if not isinstance(x, torch.Tensor) or is_bound_by_host(x) or regime_of(x, None) not in plan.regimes:
         return stock_forward(self, *args, **kwargs)
     return plan.compute(self, x)
 

@@ -12,6 +12,7 @@ from ... import kernels
 from ..probe import Formula, Regime, choose, regime_of, stand_in
 from ..roles import epsilon
 from .slots import Swap, plan_of, stock_forward
+from .step import is_bound_by_host
 
 # torch serves these with one fused kernel of its own already.
 FUSED_BY_TORCH = (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -48,7 +49,11 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped norm: ``x [..., H]`` to the same shape; any other call goes to the stock forward."""
     plan: NormPlan = plan_of(self)
     x = args[0] if len(args) == 1 and not kwargs else None
-    if not isinstance(x, torch.Tensor) or regime_of(x, self._parameters.get("weight")) not in plan.regimes:
+    if (
+        not isinstance(x, torch.Tensor)
+        or is_bound_by_host(x)
+        or regime_of(x, self._parameters.get("weight")) not in plan.regimes
+    ):
         return stock_forward(self, *args, **kwargs)
     return plan.compute(self, x)
 
