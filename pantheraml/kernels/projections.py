@@ -18,11 +18,14 @@ from torch.nn import functional
 from . import dispatch, low_rank
 from .fp8 import Fp8Matrix
 from .fp8_linear import Fp8Base, Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
-from .nf4 import nf4_dequantize
+from .nf4 import nf4_dequantize, nf4_matvec
 from .reference.nf4 import Quantized4Bit
 
 # Fewer rows are left to torch's products, which take less of the host's time.
 KERNEL_ROWS = 512
+# More rows than these are worth writing a 4-bit weight out: on an H100 a row takes 39 us with 14,336 x 4,096 packed
+# elements, and writing them out and multiplying takes 91 us for all rows.
+MATVEC_ROWS = 2
 
 Weight = torch.Tensor | Quantized4Bit | Fp8Base | Callable[[], torch.Tensor]
 
@@ -192,9 +195,9 @@ def project(
         if residual is not None:
             added = residual if added is None else residual + added
         columns = None if term.B is None or skinny is None else skinny[:, piece]
-        if term.fp8 is not None:
-            # A product of fp8 factors takes no summand but a bias, so what is added comes after.
-            y = fp8_product(shared, term.fp8, backend=term.backend)
+        y = _bare_product(shared, term)
+        if y is not None:
+            # It takes no summand, so what is added comes after.
             if columns is not None:
                 if added is not None:
                     y += added
@@ -214,6 +217,22 @@ def project(
         else:
             outputs.append(torch.addmm(added, x, term.dense(dtype).t(), out=out))
     return outputs, skinny
+
+
+def _bare_product(x: Fp8Input, term: Term) -> torch.Tensor | None:
+    """``x @ W.T`` where the weight is not made dense for it: in fp8, or in 4 bits with few rows of x, as in generation.
+
+    None for the others.
+    """
+    stored = term.base.weight.stored if isinstance(term.base.weight, Nf4Fp8Weight) else term.base.weight
+    if (
+        isinstance(stored, Quantized4Bit)
+        and x.x.shape[0] <= MATVEC_ROWS
+        and x.x.shape[1] % stored.blocksize == 0
+        and dispatch.resolve("nf4_matvec", x.x, term.backend) == "triton"
+    ):
+        return nf4_matvec(x.x, stored, backend=term.backend)
+    return None if term.fp8 is None else fp8_product(x, term.fp8, backend=term.backend)
 
 
 def _update(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pantheraml.errors import ConfigError, UnsupportedError
+from pantheraml.kernels import projections as projections_module
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 from pantheraml.kernels.nf4 import Quantized4Bit
 from pantheraml.kernels.reference.lora import lora_linear as reference
@@ -143,6 +144,36 @@ def test_bases_that_are_not_dense(kind, device):
         grad=TRAINED,
     )
     assert len(calls) == (0 if kind == "nf4" else 2)
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapter", "frozen"])
+@pytest.mark.parametrize(("rows", "fused"), [(1, True), (2, True), (3, False)])
+def test_few_rows_read_a_4_bit_weight_as_it_is(rows, fused, adapters, device, monkeypatch):
+    """As generation does: the weight is written out for more rows only, and for the backward."""
+    record = quantized_weight(device)
+    dense = nf4_dequantize(record, torch.bfloat16)
+    calls = []
+    for name in ("nf4_matvec", "nf4_dequantize"):
+        original = getattr(projections_module, name)
+        monkeypatch.setattr(
+            projections_module, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1]
+        )
+    inputs = leaves(40, 64, rows=rows)
+    del inputs["weight"]
+    names = ("A", "B") if adapters else ()
+    inputs = {name: inputs[name] for name in ("x", "bias", *names)}
+
+    def kernel(x, bias, A=None, B=None):
+        return lora_linear(x, record, A, B, SCALING, bias=bias, backend="triton")
+
+    def expected(x, bias, A=None, B=None):
+        y = x @ dense.to(x).t() + bias
+        return y if A is None else y + SCALING * (x @ A.t()) @ B.t()
+
+    assert_matches(
+        kernel, expected, inputs, dtype=torch.bfloat16, device=device, grad=("x", "bias", *names), factor=CHAIN
+    )
+    assert calls == ["nf4_matvec" if fused else "nf4_dequantize", "nf4_dequantize"]
 
 
 def test_saves_only_what_the_backward_needs():
