@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from .. import log
 
@@ -75,14 +75,18 @@ def obstacle(model: nn.Module, prompt: torch.Tensor | None, kwargs: Mapping[str,
         return "it searches or keeps no cache"
     if not getattr(model, "_can_compile_fullgraph", False):
         return "its steps differ"
-    new = _length(setting, prompt) - prompt.shape[1]
-    if new < LEAST_TOKENS:
-        return f"{new} tokens do not repay it"
+    length = _length(setting, prompt)
+    if length - prompt.shape[1] < LEAST_TOKENS:
+        return f"{length - prompt.shape[1]} tokens do not repay it"
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    if any(type(layer) is not StaticLayer for layer in StaticCache(config=config, max_cache_len=1).layers):
-        return "its cache has windows or states"
+    layers = StaticCache(config=config, max_cache_len=length).layers
+    if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in layers):
+        return "its cache holds states"
+    # Once a window is full, its layer does something else at each step.
+    if any(getattr(layer, "max_cache_len", length) < length for layer in layers):
+        return "it goes beyond a window"
     rows = prompt.shape[0] * (setting("num_return_sequences") or 1)
-    if _cache_bytes(config, rows, _length(setting, prompt), first) > CACHE_FRACTION * _free_bytes(first.device):
+    if _cache_bytes(config, rows, length, first) > CACHE_FRACTION * _free_bytes(first.device):
         return "a cache of the final length is too large"
     return None
 
@@ -152,6 +156,8 @@ class Steps:
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], cache: StaticCache) -> None:
         self.model, self.forward, self.cache = model, forward, cache
+        # Layers that count their tokens on the host, too, where no replay does.
+        self.counting = [layer for layer in cache.layers if isinstance(layer, StaticSlidingWindowLayer)]
         self.warm = 0
         self.recording: Recording | None = None
 
@@ -165,15 +171,22 @@ class Steps:
             if self.warm < WARM_UP:
                 self.warm += 1
                 return self.forward(**kwargs)
+            counts = [layer.cumulative_length_int for layer in self.counting]
             try:
                 self.recording = Recording(self.forward, kwargs)
             except RuntimeError as error:
-                # Nothing of the step has run: the recording only noted it.
                 _unrecordable.add(self.model)
                 reason = next(iter(str(error).splitlines()), "")
                 log.once(f"generate: decoding steps of {type(self.model).__name__} cannot be recorded ({reason})")
-                return self.forward(**kwargs)
-        return self.recording(kwargs) if self.recording.covers(kwargs) else self.forward(**kwargs)
+            finally:
+                # Nothing of the step has run yet.
+                for layer, count in zip(self.counting, counts):
+                    layer.cumulative_length_int = count
+        if self.recording is None or not self.recording.covers(kwargs):
+            return self.forward(**kwargs)
+        for layer in self.counting:
+            layer.cumulative_length_int += 1
+        return self.recording(kwargs)
 
     def release(self) -> None:
         """Give the graph's memory back."""

@@ -51,13 +51,18 @@ class Simulated:
 
     def __init__(self, call, cache):
         self.call, type(self).made = call, type(self).made + 1
+        self.cache = cache
         state = [(layer.keys.clone(), layer.values.clone(), layer.cumulative_length.clone()) for layer in cache.layers]
         self.output = call()
         for layer, (keys, values, length) in zip(cache.layers, state):
             layer.keys.copy_(keys), layer.values.copy_(values), layer.cumulative_length.copy_(length)
 
     def replay(self):
+        counts = [getattr(layer, "cumulative_length_int", None) for layer in self.cache.layers]
         self.output.logits.copy_(self.call().logits)
+        for layer, count in zip(self.cache.layers, counts):
+            if count is not None:
+                layer.cumulative_length_int = count
 
     def reset(self):
         self.call = None
@@ -142,9 +147,19 @@ def test_attention_of_one_query_equals_torchs(heads, kind):
 # ---- recorded steps
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+# Windows that the longest row fits into.
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "granite": {},
+    "gemma2": {"sliding_window": 64},
+    "mistral": {"sliding_window": 34},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_steps_generate_the_same(family, simulated, monkeypatch):
-    model = adapted(family)
+    model = adapted(family, **FAMILIES[family])
     with monkeypatch.context() as undone:
         undone.setattr(decoding, "obstacle", lambda *_: "not now")
         expected = greedy(model)
@@ -235,9 +250,9 @@ def test_on_a_cpu_nothing_is_recorded():
 class TestOnGpu:
     """The graphs themselves."""
 
-    @pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_a_recorded_model_says_the_same_and_leaves_nothing(self, family, monkeypatch):
-        model = adapted(family, device="cuda")
+        model = adapted(family, device="cuda", **FAMILIES[family])
         recorded = []
         monkeypatch.setattr(decoding, "_record", lambda call, old=decoding._record: recorded.append(1) or old(call))
         plain = greedy(model, cache_implementation="dynamic")
@@ -308,5 +323,6 @@ class TestOnGpu:
             ({"max_new_tokens": 10**10}, "too large"),
         ):
             assert reason in decoding.obstacle(model, ids, options)
-        windowed = adapted("mistral", device="cuda", sliding_window=4).base_model.model
-        assert "windows" in decoding.obstacle(windowed, ids, {"max_new_tokens": NEW})
+        for window, reason in ((10 + NEW - 1, "it goes beyond a window"), (10 + NEW, None)):
+            windowed = adapted("mistral", device="cuda", sliding_window=window).base_model.model
+            assert decoding.obstacle(windowed, ids, {"max_new_tokens": NEW}) == reason
