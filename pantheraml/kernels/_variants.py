@@ -29,6 +29,7 @@ MODULES = (
     "grouped_gemm",
     "experts",
     "adamw_8bit",
+    "_row_pieces",
 )
 
 

@@ -2,10 +2,10 @@
 
 Ba et al., "Layer Normalization", https://arxiv.org/abs/1607.06450. Everything is accumulated in float32. The mean is
 taken twice, the second time of what the first left, so that its rounding does not stay in the result where it is large
-beside the deviation; the variance is that of the centred values. Means are divided with correct rounding: the fast
-division of GPUs is off by up to two units in the last place, which the difference to the mean would show. The gradients
-of weight and bias are sums of partial sums in a fixed order, without atomics: the same bits in every run on the same
-chip.
+beside the deviation; the variance is the mean square of what the first mean left, less the square of its mean, which is
+of the size of that rounding. Means are divided with correct rounding: the fast division of GPUs is off by up to two
+units in the last place, which the difference to the mean would show. The gradients of weight and bias are float32 sums
+of partial sums in a fixed order, without atomics, rounded once: the same bits in every run on the same chip.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from ._row_pieces import chips, columns_of, load_parameter, mask_of, row_pieces, store_partial, sum_partials
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.layer_norm import layer_norm as layer_norm_reference
 from .utils import (
     as_rows,
     cdiv,
-    launch_settings,
-    persistent_programs,
     require_floating,
     require_same_device,
     require_shape,
@@ -32,9 +31,29 @@ from .utils import (
 
 
 @jit
-def _row_mean(x, width):
-    """Mean of each row of a tile whose padding is zero, rounded correctly after the sum."""
-    return tl.div_rn(tl.sum(x, axis=1), width * 1.0)
+def _two_means(x, y, width):
+    """Means over the last axis of two tiles of row sums, crossing lanes once for both, rounded correctly afterwards."""
+    x, y = tl.split(tl.sum(tl.join(x, y), axis=2, keep_dims=True))
+    return tl.div_rn(x, width * 1.0), tl.div_rn(y, width * 1.0)
+
+
+@jit
+def _centred(x, mean, columns, width, FULL: tl.constexpr):
+    """``x - mean``, zero where there is no column."""
+    x = x - mean
+    if not FULL:
+        x = tl.where(columns < width, x, 0.0)
+    return x
+
+
+@jit
+def _scaled(x, weight, bias, columns, width, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """``x * weight + bias``; loaded here, after the statistics, they take no registers before."""
+    if weight is not None:
+        x = x * load_parameter(weight, columns, width, ROWS, FULL)
+    if bias is not None:
+        x += load_parameter(bias, columns, width, ROWS, FULL)
+    return x
 
 
 @jit(do_not_specialize=["count"])
@@ -52,29 +71,135 @@ def _layer_norm_forward_kernel(
     inner_stride,
     eps,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
 ):
-    """``m = mean(x); r = rsqrt(mean((x - m)²) + eps); y = (x - m) * r * weight + bias``; float32 inside."""
+    """``m = mean(x); d = mean(x - m); r = rsqrt(mean((x - m)²) - d² + eps); y = (x - m - d) * r * weight + bias``.
+
+    In float32; ``m + d`` is stored as the mean.
+    """
     i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_col = tl.arange(0, BLOCK)
     m_row = i_row < count
-    m_col = o_col < width
-    mask = m_row[:, None] & m_col[None, :]
-    o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
-    b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
-    m = _row_mean(b_x, width)
-    centred = tl.where(mask, b_x - m[:, None], 0.0)
-    rest = _row_mean(centred, width)
-    centred = tl.where(mask, centred - rest[:, None], 0.0)
-    r = tl.rsqrt(_row_mean(centred * centred, width) + eps)
-    tl.store(mean + i_row, m + rest, mask=m_row)
-    tl.store(rstd + i_row, r, mask=m_row)
-    out = centred * r[:, None]
+    o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[None, :, None]
+    o_y = (i_row * width)[None, :, None]
+    c_0 = columns_of(0, N, P)
+    m_0 = mask_of(m_row, c_0, width, FULL_N)
+    x_0 = tl.load(x + (o_x + c_0), mask=m_0, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    total = tl.sum(x_0, axis=0, keep_dims=True)
+    c_1, m_1, x_1 = c_0, m_0, x_0
+    if M > 0:
+        c_1 = columns_of(N * P, M, P)
+        m_1 = mask_of(m_row, c_1, width, FULL_M)
+        x_1 = tl.load(x + (o_x + c_1), mask=m_1, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        total += tl.sum(x_1, axis=0, keep_dims=True)
+    m = tl.div_rn(tl.sum(total, axis=2, keep_dims=True), width * 1.0)
+
+    x_0 = _centred(x_0, m, c_0, width, FULL_N)
+    total = tl.sum(x_0, axis=0, keep_dims=True)
+    squares = tl.sum(x_0 * x_0, axis=0, keep_dims=True)
+    if M > 0:
+        x_1 = _centred(x_1, m, c_1, width, FULL_M)
+        total += tl.sum(x_1, axis=0, keep_dims=True)
+        squares += tl.sum(x_1 * x_1, axis=0, keep_dims=True)
+    rest, variance = _two_means(total, squares, width)
+    r = tl.rsqrt(tl.maximum(variance - rest * rest, 0.0) + eps)
+    tl.store(mean + i_row[None, :, None], m + rest, mask=m_row[None, :, None])
+    tl.store(rstd + i_row[None, :, None], r, mask=m_row[None, :, None])
+
+    out = _scaled((x_0 - rest) * r, weight, bias, c_0, width, ROWS, FULL_N)
+    tl.store(y + (o_y + c_0), out.to(y.dtype.element_ty), mask=m_0)
+    if M > 0:
+        out = _scaled((x_1 - rest) * r, weight, bias, c_1, width, ROWS, FULL_M)
+        tl.store(y + (o_y + c_1), out.to(y.dtype.element_ty), mask=m_1)
+
+
+@jit
+def _layer_norm_backward_tile(
+    dy,
+    x,
+    weight,
+    mean,
+    rstd,
+    dx,
+    i_tile,
+    w_0,
+    w_1,
+    dw_0,
+    dw_1,
+    db_0,
+    db_1,
+    count,
+    width,
+    inner,
+    outer_stride,
+    inner_stride,
+    WEIGHT_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    EVICTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
+):
+    """Gradient of one tile; returns the sums of dy * x̂ and of dy of its pieces with this tile's.
+
+    The weight comes in registers where tiles follow each other, and is loaded here where there is one.
+    """
+    i_row = i_tile * ROWS + tl.arange(0, ROWS)
+    m_row = i_row < count
+    o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[None, :, None]
+    o_y = (i_row * width)[None, :, None]
+    c_0 = columns_of(0, N, P)
+    m_0 = mask_of(m_row, c_0, width, FULL_N)
+    g_0 = tl.load(dy + (o_y + c_0), mask=m_0, other=0.0, eviction_policy=EVICTION)
+    x_0 = tl.load(x + (o_x + c_0), mask=m_0, other=0.0, eviction_policy=EVICTION)
+    c_1, m_1, g_1, x_1 = c_0, m_0, g_0, x_0
+    if M > 0:
+        c_1 = columns_of(N * P, M, P)
+        m_1 = mask_of(m_row, c_1, width, FULL_M)
+        g_1 = tl.load(dy + (o_y + c_1), mask=m_1, other=0.0, eviction_policy=EVICTION)
+        x_1 = tl.load(x + (o_x + c_1), mask=m_1, other=0.0, eviction_policy=EVICTION)
+    m = tl.load(mean + i_row, mask=m_row, other=0.0)[None, :, None]
+    r = tl.load(rstd + i_row, mask=m_row, other=0.0)[None, :, None]
+    if weight is not None and not (WEIGHT_GRAD or BIAS_GRAD):
+        w_0 = load_parameter(weight, c_0, width, ROWS, FULL_N)
+        if M > 0:
+            w_1 = load_parameter(weight, c_1, width, ROWS, FULL_M)
+
+    g_0 = g_0.to(tl.float32)
+    x_0 = _centred(x_0.to(tl.float32), m, c_0, width, FULL_N) * r
+    if WEIGHT_GRAD:
+        dw_0 += g_0 * x_0
+    if BIAS_GRAD:
+        db_0 += g_0
     if weight is not None:
-        out = out * tl.load(weight + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        out += tl.load(bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + (i_row * width)[:, None] + o_col[None, :], out.to(y.dtype.element_ty), mask=mask)
+        g_0 = g_0 * w_0
+    total = tl.sum(g_0, axis=0, keep_dims=True)
+    total_x = tl.sum(g_0 * x_0, axis=0, keep_dims=True)
+    if M > 0:
+        g_1 = g_1.to(tl.float32)
+        x_1 = _centred(x_1.to(tl.float32), m, c_1, width, FULL_M) * r
+        if WEIGHT_GRAD:
+            dw_1 += g_1 * x_1
+        if BIAS_GRAD:
+            db_1 += g_1
+        if weight is not None:
+            g_1 = g_1 * w_1
+        total += tl.sum(g_1, axis=0, keep_dims=True)
+        total_x += tl.sum(g_1 * x_1, axis=0, keep_dims=True)
+    mean_g, mean_gx = _two_means(total, total_x, width)
+
+    out = (g_0 - mean_g - x_0 * mean_gx) * r
+    tl.store(dx + (o_y + c_0), out.to(dx.dtype.element_ty), mask=m_0)
+    if M > 0:
+        out = (g_1 - mean_g - x_1 * mean_gx) * r
+        tl.store(dx + (o_y + c_1), out.to(dx.dtype.element_ty), mask=m_1)
+    return dw_0, dw_1, db_0, db_1
 
 
 @jit(do_not_specialize=["count", "tiles", "programs"])
@@ -94,46 +219,109 @@ def _layer_norm_backward_kernel(
     inner_stride,
     tiles,
     programs,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
 ):
     """``g = dy * weight; dx = r * (g - mean(g) - x̂ * mean(g * x̂))``; partial sums of dy * x̂ and dy per program.
 
-    A program walks over tiles ``program, program + programs, ...``; its partial sums are float32.
+    Without dweight and dbias a program takes one tile. With one of them, it walks over tiles ``program, program +
+    programs, ...``, and its partial sums are float32.
     """
     i_program = tl.program_id(0).to(tl.int64)
-    o_col = tl.arange(0, BLOCK)
-    m_col = o_col < width
-    w = tl.zeros((BLOCK,), tl.float32)
-    if weight is not None:
-        w = tl.load(weight + o_col, mask=m_col, other=0.0).to(tl.float32)
-    b_dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    b_db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i_tile in range(i_program, tiles, programs):
-        i_row = i_tile * ROWS + tl.arange(0, ROWS)
-        m_row = i_row < count
-        mask = m_row[:, None] & m_col[None, :]
-        o_x = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
-        o_y = (i_row * width)[:, None] + o_col[None, :]
-        g = tl.load(dy + o_y, mask=mask, other=0.0).to(tl.float32)
-        b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(mean + i_row, mask=m_row, other=0.0)
-        r = tl.load(rstd + i_row, mask=m_row, other=0.0)
-        x_hat = tl.where(mask, (b_x - m[:, None]) * r[:, None], 0.0)
-        if dweight is not None:
-            b_dw += g * x_hat
-        if dbias is not None:
-            b_db += g
+    w_0 = 0.0
+    w_1 = 0.0
+    dw_0 = 0.0
+    dw_1 = 0.0
+    db_0 = 0.0
+    db_1 = 0.0
+    if dweight is None and dbias is None:
+        _layer_norm_backward_tile(
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx,
+            i_program,
+            w_0,
+            w_1,
+            dw_0,
+            dw_1,
+            db_0,
+            db_1,
+            count,
+            width,
+            inner,
+            outer_stride,
+            inner_stride,
+            False,
+            False,
+            "",
+            ROWS,
+            N,
+            M,
+            P,
+            FULL_N,
+            FULL_M,
+        )
+    else:
         if weight is not None:
-            g = g * w[None, :]
-        mean_g = _row_mean(g, width)
-        mean_gx = _row_mean(g * x_hat, width)
-        out = (g - mean_g[:, None] - x_hat * mean_gx[:, None]) * r[:, None]
-        tl.store(dx + o_y, out.to(dx.dtype.element_ty), mask=mask)
-    if dweight is not None:
-        tl.store(dweight + i_program * width + o_col, tl.sum(b_dw, axis=0), mask=m_col)
-    if dbias is not None:
-        tl.store(dbias + i_program * width + o_col, tl.sum(b_db, axis=0), mask=m_col)
+            w_0 = load_parameter(weight, columns_of(0, N, P), width, ROWS, FULL_N)
+            if M > 0:
+                w_1 = load_parameter(weight, columns_of(N * P, M, P), width, ROWS, FULL_M)
+        if dweight is not None:
+            dw_0 = tl.zeros((N, ROWS, P), tl.float32)
+            if M > 0:
+                dw_1 = tl.zeros((M, ROWS, P), tl.float32)
+        if dbias is not None:
+            db_0 = tl.zeros((N, ROWS, P), tl.float32)
+            if M > 0:
+                db_1 = tl.zeros((M, ROWS, P), tl.float32)
+        for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
+            dw_0, dw_1, db_0, db_1 = _layer_norm_backward_tile(
+                dy,
+                x,
+                weight,
+                mean,
+                rstd,
+                dx,
+                i_tile,
+                w_0,
+                w_1,
+                dw_0,
+                dw_1,
+                db_0,
+                db_1,
+                count,
+                width,
+                inner,
+                outer_stride,
+                inner_stride,
+                dweight is not None,
+                dbias is not None,
+                "evict_first",
+                ROWS,
+                N,
+                M,
+                P,
+                FULL_N,
+                FULL_M,
+            )
+        if dweight is not None:
+            p_dweight = dweight + i_program * width
+            store_partial(p_dweight, dw_0, 0, width, N, P, FULL_N)
+            if M > 0:
+                store_partial(p_dweight, dw_1, N * P, width, M, P, FULL_M)
+        if dbias is not None:
+            p_dbias = dbias + i_program * width
+            store_partial(p_dbias, db_0, 0, width, N, P, FULL_N)
+            if M > 0:
+                store_partial(p_dbias, db_1, N * P, width, M, P, FULL_M)
 
 
 def layer_norm_forward(
@@ -141,13 +329,13 @@ def layer_norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward kernel; returns ``y`` and the float32 ``mean`` and ``rstd`` of each row."""
     width = x.shape[-1]
-    settings = launch_settings(width, where="layer_norm")
+    pieces = row_pieces(width, where="layer_norm")
     rows = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(rows.count, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows.count:
         with on_device(x):
-            _layer_norm_forward_kernel[(cdiv(rows.count, settings.rows),)](
+            _layer_norm_forward_kernel[(cdiv(rows.count, pieces.rows),)](
                 x=rows.tensor,
                 weight=None if weight is None else weight.contiguous(),
                 bias=None if bias is None else bias.contiguous(),
@@ -160,9 +348,8 @@ def layer_norm_forward(
                 outer_stride=rows.outer_stride,
                 inner_stride=rows.inner_stride,
                 eps=eps,
-                ROWS=settings.rows,
-                BLOCK=settings.block,
-                num_warps=settings.num_warps,
+                **pieces.constants,
+                num_warps=pieces.num_warps,
             )
     return y, mean, rstd
 
@@ -175,23 +362,39 @@ def layer_norm_backward(
     rstd: torch.Tensor,
     *,
     weight_grad: bool,
-    bias_grad: bool,
+    bias_grad: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launch the backward kernel; returns dx in the dtype of ``x``, and float32 gradients of weight and bias."""
+    """Launch the backward kernel.
+
+    Args:
+        dy: Gradient of the output ``[..., D]``.
+        x: Input of the forward ``[..., D]``.
+        weight: ``[D]`` or None.
+        mean: ``[rows]`` float32 from the forward.
+        rstd: ``[rows]`` float32 from the forward.
+        weight_grad: Whether to compute the gradient of the weight.
+        bias_grad: Dtype of the gradient of the bias, None to leave it out.
+
+    Returns:
+        Gradients of ``x`` and of the weight in their dtypes, and of the bias; None for what was not asked for.
+    """
     width = x.shape[-1]
-    settings = launch_settings(width, where="layer_norm")
+    pieces = row_pieces(width, where="layer_norm")
     rows = as_rows(x)
+    dy = dy.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles = cdiv(rows.count, settings.rows)
-    programs = min(persistent_programs(x, settings.num_warps), tiles) if weight_grad or bias_grad else tiles
+    wanted = weight.dtype if weight is not None and weight_grad else None, bias_grad
+    trained = any(dtype is not None for dtype in wanted)
+    tiles = cdiv(rows.count, pieces.rows)
+    programs = pieces.programs(x, tiles) if trained else tiles
     dweight, dbias = (
-        torch.empty((programs, width), dtype=torch.float32, device=x.device) if wanted else None
-        for wanted in (weight_grad, bias_grad)
+        None if dtype is None else torch.empty((programs, width), dtype=torch.float32, device=x.device)
+        for dtype in wanted
     )
     if rows.count:
         with on_device(x):
             _layer_norm_backward_kernel[(programs,)](
-                dy=dy.contiguous(),
+                dy=dy,
                 x=rows.tensor,
                 weight=None if weight is None else weight.contiguous(),
                 mean=mean,
@@ -206,13 +409,21 @@ def layer_norm_backward(
                 inner_stride=rows.inner_stride,
                 tiles=tiles,
                 programs=programs,
-                ROWS=settings.rows,
-                BLOCK=settings.block,
-                num_warps=settings.num_warps,
+                STAGES=pieces.stages(dy.element_size() + x.element_size()) if trained else 1,
+                **pieces.constants,
+                num_warps=pieces.num_warps,
                 # Fused with a subtraction, products round otherwise than their mean: one element has no gradient, then.
                 enable_fp_fusion=False,
             )
-    return dx, None if dweight is None else dweight.sum(0), None if dbias is None else dbias.sum(0)
+    if not trained:
+        return dx, None, None
+    sums = iter(
+        sum_partials(
+            [partial for partial in (dweight, dbias) if partial is not None],
+            [dtype for dtype in wanted if dtype is not None],
+        )
+    )
+    return dx, None if dweight is None else next(sums), None if dbias is None else next(sums)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -228,15 +439,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy):  # type: ignore[override]
         x, weight, mean, rstd = ctx.saved_tensors
         _, weight_grad, bias_grad, _ = ctx.needs_input_grad
-        dx, dweight, dbias = layer_norm_backward(
-            dy, x, weight, mean, rstd, weight_grad=weight_grad, bias_grad=bias_grad
-        )
-        return (
-            dx,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(ctx.bias_dtype),
-            None,
-        )
+        bias_dtype = ctx.bias_dtype if bias_grad else None
+        return *layer_norm_backward(dy, x, weight, mean, rstd, weight_grad=weight_grad, bias_grad=bias_dtype), None
 
 
 def layer_norm(
@@ -280,27 +484,33 @@ def layer_norm(
 def variants() -> Iterator[Variant]:
     """Forms of the kernels for ahead-of-time compilation."""
     integers = dict.fromkeys(("count", "width", "inner", "outer_stride", "inner_stride"), "i32")
-    settings = launch_settings(4096)
-    tile = {"ROWS": settings.rows, "BLOCK": settings.block}
     statistics = {"mean": "*fp32", "rstd": "*fp32"}
     for dtype in ("fp16", "bf16", "fp32"):
-        p, minimum, representative = f"*{dtype}", bfloat16_minimum(dtype), dtype == "bf16"
-        yield Variant(
-            f"layer_norm_forward-{dtype}",
-            _layer_norm_forward_kernel,
-            {"x": p, "weight": p, "bias": p, "y": p, **statistics, **integers, "eps": "fp32"},
-            tile,
-            settings.num_warps,
-            minimum=minimum,
-            representative=representative,
-        )
-        yield Variant(
-            f"layer_norm_backward-{dtype}",
-            _layer_norm_backward_kernel,
-            {"dy": p, "x": p, "weight": p, **statistics, "dx": p, "dweight": "*fp32", "dbias": "*fp32", **integers}
-            | {"tiles": "i32", "programs": "i32"},
-            tile,
-            settings.num_warps,
-            minimum=minimum,
-            representative=representative,
-        )
+        p, representative, size = f"*{dtype}", dtype == "bf16", 4 if dtype == "fp32" else 2
+        backward = {"dy": p, "x": p, "weight": p, **statistics, "dx": p, **integers, "tiles": "i32", "programs": "i32"}
+        for suffix, lanes, chosen in chips(bfloat16_minimum(dtype)):
+            pieces = row_pieces(2304, lanes=lanes)
+            yield Variant(
+                f"layer_norm_forward-{dtype}{suffix}",
+                _layer_norm_forward_kernel,
+                {"x": p, "weight": p, "bias": p, "y": p, **statistics, **integers, "eps": "fp32"},
+                pieces.constants,
+                pieces.num_warps,
+                representative=representative,
+                **chosen,
+            )
+            for form, width, arguments, constants in (
+                ("frozen", 2560, {}, {"dweight": None, "dbias": None}),
+                ("bias", 2304, {"dbias": "*fp32"}, {"dweight": None}),
+                ("trained", 8192, {"dweight": "*fp32", "dbias": "*fp32"}, {}),
+            ):
+                pieces = row_pieces(width, lanes=lanes)
+                yield Variant(
+                    f"layer_norm_backward-{dtype}-{form}{suffix}",
+                    _layer_norm_backward_kernel,
+                    backward | arguments,
+                    constants | pieces.constants | {"STAGES": pieces.stages(2 * size) if arguments else 1},
+                    pieces.num_warps,
+                    representative=representative and form == "trained",
+                    **chosen,
+                )

@@ -21,6 +21,9 @@ from .reference.rotary import qk_norm_rotary as qk_norm_rotary_reference
 from .rotary import ELEMENTS_PER_WARP, TILE, Angles, load_angles, make_angles
 from .utils import cdiv, next_power_of_2, persistent_programs, require_floating, require_same_device, require_shape
 
+# Warps a multiprocessor should hold while partial sums are formed; more programs mean more partial sums to add.
+RESIDENT_WARPS = 32
+
 
 @jit
 def _load(
@@ -427,7 +430,9 @@ def qk_norm_rotary_launch(
     programs = rows
     partial = None
     if weight_grad:
-        programs = max(min(persistent_programs(q, num_warps) // (q_blocks + k_blocks), rows), 1)
+        programs = max(
+            min(persistent_programs(q, max(RESIDENT_WARPS // num_warps, 1)) // (q_blocks + k_blocks), rows), 1
+        )
         partial = torch.empty((q_blocks + k_blocks, programs, width), dtype=torch.float32, device=q.device)
     cos, positions = angles.cos, angles.position_ids
     sections = angles.sections or (0, 0, 0)

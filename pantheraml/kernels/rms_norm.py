@@ -1,8 +1,8 @@
 """RMSNorm over the last dimension: ``y = x / sqrt(mean(x²) + eps) * weight``, forward and backward.
 
 Zhang & Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467. Everything is accumulated in
-float32. The gradient of the weight is a sum of partial sums in a fixed order, without atomics: the same bits in every
-run on the same chip.
+float32. The gradient of the weight is a float32 sum of partial sums in a fixed order, without atomics, rounded once:
+the same bits in every run on the same chip.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
+from ._row_pieces import chips, columns_of, load_parameter, mask_of, row_pieces, store_partial, sum_partials
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.numerics import quantize_rows
@@ -24,7 +25,6 @@ from .utils import (
     cdiv,
     fp8_dtype,
     launch_settings,
-    persistent_programs,
     require_floating,
     require_same_device,
     require_shape,
@@ -87,6 +87,87 @@ def _rms_norm_forward_kernel(
     tl.store(y + o_y, out.to(y.dtype.element_ty), mask=mask)
 
 
+@jit
+def _rms_norm_backward_tile(
+    dy,
+    dtotal,
+    h,
+    weight,
+    rstd,
+    dx,
+    i_tile,
+    w_0,
+    w_1,
+    dw_0,
+    dw_1,
+    count,
+    width,
+    inner,
+    outer_stride,
+    inner_stride,
+    offset,
+    TRAINED: tl.constexpr,
+    EVICTION: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
+):
+    """Gradient of one tile; returns the sums of dy * x̂ of its pieces with this tile's.
+
+    The weight comes in registers where tiles follow each other, and is loaded here where there is one.
+    """
+    i_row = i_tile * ROWS + tl.arange(0, ROWS)
+    m_row = i_row < count
+    o_h = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[None, :, None]
+    o_y = (i_row * width)[None, :, None]
+    c_0 = columns_of(0, N, P)
+    m_0 = mask_of(m_row, c_0, width, FULL_N)
+    g_0 = tl.load(dy + (o_y + c_0), mask=m_0, other=0.0, eviction_policy=EVICTION)
+    x_0 = tl.load(h + (o_h + c_0), mask=m_0, other=0.0, eviction_policy=EVICTION)
+    c_1, m_1, g_1, x_1 = c_0, m_0, g_0, x_0
+    if M > 0:
+        c_1 = columns_of(N * P, M, P)
+        m_1 = mask_of(m_row, c_1, width, FULL_M)
+        g_1 = tl.load(dy + (o_y + c_1), mask=m_1, other=0.0, eviction_policy=EVICTION)
+        x_1 = tl.load(h + (o_h + c_1), mask=m_1, other=0.0, eviction_policy=EVICTION)
+    r = tl.load(rstd + i_row, mask=m_row, other=0.0)[None, :, None]
+    if weight is not None and not TRAINED:
+        w_0 = load_parameter(weight, c_0, width, ROWS, FULL_N) + offset
+        if M > 0:
+            w_1 = load_parameter(weight, c_1, width, ROWS, FULL_M) + offset
+
+    g_0 = g_0.to(tl.float32)
+    x_0 = x_0.to(tl.float32) * r
+    if TRAINED:
+        dw_0 += g_0 * x_0
+    if weight is not None:
+        g_0 = g_0 * w_0
+    total = tl.sum(g_0 * x_0, axis=0, keep_dims=True)
+    if M > 0:
+        g_1 = g_1.to(tl.float32)
+        x_1 = x_1.to(tl.float32) * r
+        if TRAINED:
+            dw_1 += g_1 * x_1
+        if weight is not None:
+            g_1 = g_1 * w_1
+        total += tl.sum(g_1 * x_1, axis=0, keep_dims=True)
+    mean = tl.sum(total, axis=2, keep_dims=True) / width
+
+    out = (g_0 - x_0 * mean) * r
+    if dtotal is not None:
+        out += tl.load(dtotal + (o_y + c_0), mask=m_0, other=0.0).to(tl.float32)
+    tl.store(dx + (o_y + c_0), out.to(dx.dtype.element_ty), mask=m_0)
+    if M > 0:
+        out = (g_1 - x_1 * mean) * r
+        if dtotal is not None:
+            out += tl.load(dtotal + (o_y + c_1), mask=m_1, other=0.0).to(tl.float32)
+        tl.store(dx + (o_y + c_1), out.to(dx.dtype.element_ty), mask=m_1)
+    return dw_0, dw_1
+
+
 @jit(do_not_specialize=["count", "tiles", "programs"])
 def _rms_norm_backward_kernel(
     dy,
@@ -104,40 +185,90 @@ def _rms_norm_backward_kernel(
     offset,
     tiles,
     programs,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
 ):
     """``g = dy * (offset + weight); dx = r * (g - x̂ * mean(g * x̂)) [+ dtotal]``; ``dweight[program] = sum dy * x̂``.
 
-    A program walks over tiles ``program, program + programs, ...``; its partial sum of dweight is float32.
+    Without dweight a program takes one tile. With it, it walks over tiles ``program, program + programs, ...``, and its
+    partial sum is float32.
     """
     i_program = tl.program_id(0).to(tl.int64)
-    o_col = tl.arange(0, BLOCK)
-    m_col = o_col < width
-    w = tl.zeros((BLOCK,), tl.float32)
-    if weight is not None:
-        w = tl.load(weight + o_col, mask=m_col, other=0.0).to(tl.float32) + offset
-    b_dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    for i_tile in range(i_program, tiles, programs):
-        i_row = i_tile * ROWS + tl.arange(0, ROWS)
-        m_row = i_row < count
-        mask = m_row[:, None] & m_col[None, :]
-        o_h = ((i_row // inner) * outer_stride + (i_row % inner) * inner_stride)[:, None] + o_col[None, :]
-        o_y = (i_row * width)[:, None] + o_col[None, :]
-        g = tl.load(dy + o_y, mask=mask, other=0.0).to(tl.float32)
-        x_hat = tl.load(h + o_h, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + i_row, mask=m_row, other=0.0)
-        x_hat = x_hat * r[:, None]
-        if dweight is not None:
-            b_dw += g * x_hat
-        if weight is not None:
-            g = g * w[None, :]
-        out = (g - x_hat * (tl.sum(g * x_hat, axis=1) / width)[:, None]) * r[:, None]
-        if dtotal is not None:
-            out += tl.load(dtotal + o_y, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + o_y, out.to(dx.dtype.element_ty), mask=mask)
-    if dweight is not None:
-        tl.store(dweight + i_program * width + o_col, tl.sum(b_dw, axis=0), mask=m_col)
+    w_0 = 0.0
+    w_1 = 0.0
+    dw_0 = 0.0
+    dw_1 = 0.0
+    if dweight is None:
+        _rms_norm_backward_tile(
+            dy,
+            dtotal,
+            h,
+            weight,
+            rstd,
+            dx,
+            i_program,
+            w_0,
+            w_1,
+            dw_0,
+            dw_1,
+            count,
+            width,
+            inner,
+            outer_stride,
+            inner_stride,
+            offset,
+            False,
+            "",
+            ROWS,
+            N,
+            M,
+            P,
+            FULL_N,
+            FULL_M,
+        )
+    else:
+        dw_0 = tl.zeros((N, ROWS, P), tl.float32)
+        w_0 = load_parameter(weight, columns_of(0, N, P), width, ROWS, FULL_N) + offset
+        if M > 0:
+            dw_1 = tl.zeros((M, ROWS, P), tl.float32)
+            w_1 = load_parameter(weight, columns_of(N * P, M, P), width, ROWS, FULL_M) + offset
+        for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
+            dw_0, dw_1 = _rms_norm_backward_tile(
+                dy,
+                dtotal,
+                h,
+                weight,
+                rstd,
+                dx,
+                i_tile,
+                w_0,
+                w_1,
+                dw_0,
+                dw_1,
+                count,
+                width,
+                inner,
+                outer_stride,
+                inner_stride,
+                offset,
+                True,
+                "evict_first",
+                ROWS,
+                N,
+                M,
+                P,
+                FULL_N,
+                FULL_M,
+            )
+        p_dweight = dweight + i_program * width
+        store_partial(p_dweight, dw_0, 0, width, N, P, FULL_N)
+        if M > 0:
+            store_partial(p_dweight, dw_1, N * P, width, M, P, FULL_M)
 
 
 class Forward(NamedTuple):
@@ -237,15 +368,17 @@ def rms_norm_backward(
         Gradient of ``total`` in its dtype, and of the weight in its dtype or None.
     """
     width = total.shape[-1]
-    settings = launch_settings(width, where="rms_norm")
+    pieces = row_pieces(width, where="rms_norm")
     rows = as_rows(total)
     dy = dy.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     weight = None if weight is None else weight.contiguous()
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-    tiles = cdiv(rows.count, settings.rows)
-    programs = min(persistent_programs(total, settings.num_warps), tiles) if weight_grad else tiles
-    partial = torch.empty((programs, width), dtype=torch.float32, device=total.device) if weight_grad else None
+    trained = weight is not None and weight_grad
+    tiles = cdiv(rows.count, pieces.rows)
+    programs = pieces.programs(total, tiles) if trained else tiles
+    partial = torch.empty((programs, width), dtype=torch.float32, device=total.device) if trained else None
+    fetched = sum(operand.element_size() for operand in (dy, dtotal, total) if operand is not None)
     if rows.count:
         with on_device(total):
             _rms_norm_backward_kernel[(programs,)](
@@ -264,13 +397,13 @@ def rms_norm_backward(
                 offset=offset,
                 tiles=tiles,
                 programs=programs,
-                ROWS=settings.rows,
-                BLOCK=settings.block,
-                num_warps=settings.num_warps,
+                STAGES=pieces.stages(fetched) if trained else 1,
+                **pieces.constants,
+                num_warps=pieces.num_warps,
             )
     if partial is None or weight is None:
         return dx, None
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, sum_partials([partial], [weight.dtype])[0]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -487,19 +620,24 @@ def variants() -> Iterator[Variant]:
             )
         backward = dict.fromkeys(("dy", "h", "weight", "dx"), pointer)
         backward |= {"rstd": "*fp32", **integers, "offset": "fp32", "tiles": "i32", "programs": "i32"}
-        for form, arguments, constants in (
-            ("frozen", {}, {"dtotal": None, "dweight": None}),
-            ("trained-residual", {"dtotal": pointer, "dweight": "*fp32"}, {}),
+        size = 4 if dtype == "fp32" else 2
+        for form, width, operands, arguments, constants in (
+            ("frozen", 2560, 0, {}, {"dtotal": None, "dweight": None}),
+            ("trained", 2304, 2, {"dweight": "*fp32"}, {"dtotal": None}),
+            ("trained-residual", 8192, 3, {"dtotal": pointer, "dweight": "*fp32"}, {}),
         ):
-            yield Variant(
-                f"rms_norm_backward-{dtype}-{form}",
-                _rms_norm_backward_kernel,
-                backward | arguments,
-                constants | tile,
-                settings.num_warps,
-                minimum=minimum,
-                representative=form == "trained-residual" and dtype == "bf16",
-            )
+            for suffix, lanes, chosen in chips(minimum):
+                pieces = row_pieces(width, lanes=lanes)
+                stages = pieces.stages(operands * size) if operands else 1
+                yield Variant(
+                    f"rms_norm_backward-{dtype}-{form}{suffix}",
+                    _rms_norm_backward_kernel,
+                    backward | arguments,
+                    constants | pieces.constants | {"STAGES": stages},
+                    pieces.num_warps,
+                    representative=form != "frozen" and dtype == "bf16",
+                    **chosen,
+                )
     for fp8, least, amd, largest in (("fp8e4nv", 89, (), 448.0), ("fp8e4b8", None, ("gfx942",), 240.0)):
         yield Variant(
             f"rms_norm_forward-bf16-{fp8}",

@@ -27,8 +27,6 @@ ELEMENTS_PER_WARP = 512
 # Threads of a program on every chip, and lanes of a warp on this host's (AMD's data-centre chips have 64).
 MAX_THREADS = 1024
 LANES = 64 if torch.version.hip is not None else 32
-# Warps an SM should hold while partial sums over rows are formed; more programs mean more partial sums to add.
-RESIDENT_WARPS = 32
 
 
 class LaunchSettings(NamedTuple):
@@ -55,6 +53,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def require_width(width: int, where: str) -> None:
+    """Raise unless the registers of one program hold a row of ``width`` elements."""
+    if width > MAX_WIDTH:
+        raise UnsupportedError(
+            f"rows of {width} elements are too wide",
+            where=where,
+            why=f"a program holds one row of at most {MAX_WIDTH} elements",
+            hint="use backend='reference'",
+        )
+
+
 @functools.cache
 def launch_settings(width: int, *, where: str = "a row-wise kernel", lanes: int = LANES) -> LaunchSettings:
     """Tile shape and warps for rows of ``width`` elements.
@@ -64,13 +73,7 @@ def launch_settings(width: int, *, where: str = "a row-wise kernel", lanes: int 
     Raises:
         UnsupportedError: the row does not fit into the registers of one program.
     """
-    if width > MAX_WIDTH:
-        raise UnsupportedError(
-            f"rows of {width} elements are too wide",
-            where=where,
-            why=f"a program holds one row of at most {MAX_WIDTH} elements",
-            hint="use backend='reference'",
-        )
+    require_width(width, where)
     block = next_power_of_2(width)
     rows = max(SHORT_TILE // block, 1)
     return LaunchSettings(block, rows, min(max(block * rows // ELEMENTS_PER_WARP, 1), MAX_THREADS // lanes))
@@ -90,10 +93,13 @@ def processors(tensor: torch.Tensor) -> int:
     return _processors(tensor.device.type, tensor.device.index or 0)
 
 
-def persistent_programs(tensor: torch.Tensor, num_warps: int) -> int:
-    """Programs that fill the tensor's GPU once; fixed by the chip, so sums over them are the same in every run."""
+def persistent_programs(tensor: torch.Tensor, resident: int) -> int:
+    """Programs that fill the tensor's GPU once, ``resident`` on each multiprocessor.
+
+    Fixed by the chip, so sums over them are the same in every run.
+    """
     count = processors(tensor)
-    return count * max(RESIDENT_WARPS // num_warps, 1) if tensor.device.type != "cpu" else count
+    return count * resident if tensor.device.type != "cpu" else count
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """RMSNorm against float64 truth.
 
-Widths: 1 (smallest), 7 and 97 (odd, prime, short rows share a program), 128 (a head), 2,304 (Gemma-2-2B: not a power of
-two). Rows: none, one, fewer and more than a program holds or than there are programs.
+Widths: 1 (smallest), 7 and 97 (odd, prime, short rows share a program), 128 (a head), 513 and 2,304 (Gemma-2-2B), of
+three pieces, the last of one column and of a quarter of its columns, and 768, of three that all exist. Rows: none, one,
+fewer and more than a program holds or than there are programs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LLAMA = {"casting": "input"}
 GEMMA = {"casting": "float32", "offset": 1.0}
 OLMO = {"casting": "float32"}
 FORMS = {"llama": LLAMA, "gemma": GEMMA, "olmo": OLMO}
-SHAPES = {"1x1": (1, 1), "3x7": (3, 7), "2x5x97": (2, 5, 97), "33x128": (33, 128), "5x2304": (5, 2304)}
+SHAPES = {"1x1": (1, 1), "3x7": (3, 7), "2x5x97": (2, 5, 97), "33x128": (33, 128)}
+SHAPES |= {"9x513": (9, 513), "3x768": (3, 768), "5x2304": (5, 2304)}
 SMALL = (5, 97)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -47,6 +49,14 @@ def test_outputs_and_gradients(shape, form, dtype, device):
 def test_residual(form, dtype, device):
     inputs = {"x": random(*SMALL), "weight": random(97, seed=1), "residual": random(*SMALL, seed=2)}
     assert_matches(*both(**form), inputs, dtype=dtype, device=device, grad=("x", "weight", "residual"))
+
+
+@DTYPE
+@pytest.mark.parametrize("width", [513, 768, 2304])
+def test_residual_of_rows_in_pieces(width, dtype, device):
+    inputs = {"x": random(5, width), "weight": random(width, seed=1), "residual": random(5, width, seed=2)}
+    assert_matches(*both(**GEMMA), inputs, dtype=dtype, device=device, grad=("x", "weight", "residual"))
+    assert_matches(*both(), inputs, dtype=dtype, device=device, grad=("x", "residual"))
 
 
 def test_residual_sum_is_rounded_before_it_is_normalised(device):
@@ -211,10 +221,13 @@ def test_refusals(device):
 
 @pytest.mark.gpu
 @DTYPE
-@pytest.mark.parametrize("width", [2048, 2304, 2560, 4096, 16384])
+@pytest.mark.parametrize("width", [64, 513, 768, 2048, 2304, 2560, 3584, 4096, 8192, 12288, 16384])
 def test_real_sizes(width, dtype, gpu):
-    inputs = {"x": random(1021, width), "weight": random(width, seed=1), "residual": random(1021, width, seed=2)}
+    inputs = {"x": random(1021, width), "weight": random(width, seed=1)}
+    assert_matches(*both(), inputs, dtype=dtype, device=gpu, grad=("x", "weight"))
+    inputs["residual"] = random(1021, width, seed=2)
     assert_matches(*both(**GEMMA), inputs, dtype=dtype, device=gpu, grad=("x", "weight", "residual"))
+    assert_matches(*both(**GEMMA), inputs, dtype=dtype, device=gpu, grad=("x", "residual"))
 
 
 @pytest.mark.gpu
