@@ -18,67 +18,51 @@ from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import qk_norm_rotary as qk_norm_rotary_reference
-from .rotary import ELEMENTS_PER_WARP, TILE, Angles, load_angles, make_angles
-from .utils import cdiv, next_power_of_2, persistent_programs, require_floating, require_same_device, require_shape
+from .rotary import (
+    Angles,
+    HeadSettings,
+    head_settings,
+    load_angles,
+    load_pairs,
+    load_shared_pairs,
+    make_angles,
+    store_pairs,
+    token_settings,
+    turn_pairs,
+)
+from .utils import next_power_of_2, persistent_programs, require_floating, require_same_device, require_shape
 
+# Pairs of channels a program of the backward takes, of one block of heads: 8 heads of 128 channels by 64 threads.
+BACKWARD_PAIRS = 512
 # Warps a multiprocessor should hold while partial sums are formed; more programs mean more partial sums to add.
 RESIDENT_WARPS = 32
 
 
 @jit
 def _load(
-    x, o_x, half, rest, m_head, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
+    p_row, m_row, half, rest, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
 ):
-    """First and second of each pair, and the channels that do not turn, of some heads; float32."""
-    o_half = tl.arange(0, HALF)
-    if INTERLEAVED:
-        o_flat = tl.arange(0, 2 * HALF)
-        mask = m_head[:, None] & (o_flat < 2 * half)[None, :]
-        flat = tl.load(x + o_x[:, None] + o_flat[None, :], mask=mask, other=0.0).to(tl.float32)
-        x_1, x_2 = tl.split(tl.reshape(flat, (HEADS, HALF, 2)))
-    else:
-        mask = m_head[:, None] & (o_half < half)[None, :]
-        x_1 = tl.load(x + o_x[:, None] + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
-        x_2 = tl.load(x + o_x[:, None] + half + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
+    """First and second of each pair, and the channels that do not turn, of some heads, read once; float32."""
+    x_1, x_2 = load_pairs(p_row, m_row, half, "evict_first", INTERLEAVED, HEADS, HALF)
     x_3 = x_1
     if REST > 0:
-        o_rest = tl.arange(0, REST)
-        m_rest = m_head[:, None] & (o_rest < rest)[None, :]
-        x_3 = tl.load(x + o_x[:, None] + 2 * half + o_rest[None, :], mask=m_rest, other=0.0).to(tl.float32)
+        o_rest = tl.arange(0, REST)[None, :]
+        m_rest = m_row & (o_rest < rest)
+        x_3 = tl.load(p_row + 2 * half + o_rest, mask=m_rest, other=0.0, eviction_policy="evict_first").to(tl.float32)
     return x_1, x_2, x_3
 
 
 @jit
-def _store(
-    y,
-    o_y,
-    y_1,
-    y_2,
-    y_3,
-    half,
-    rest,
-    m_head,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
+def _load_weight(
+    weight, offset, half, rest, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr
 ):
-    """The inverse of ``_load``."""
-    kind = y.dtype.element_ty
-    if INTERLEAVED:
-        o_flat = tl.arange(0, 2 * HALF)
-        mask = m_head[:, None] & (o_flat < 2 * half)[None, :]
-        flat = tl.reshape(tl.join(y_1.to(kind), y_2.to(kind)), (HEADS, 2 * HALF))
-        tl.store(y + o_y[:, None] + o_flat[None, :], flat, mask=mask)
-    else:
-        o_half = tl.arange(0, HALF)
-        mask = m_head[:, None] & (o_half < half)[None, :]
-        tl.store(y + o_y[:, None] + o_half[None, :], y_1.to(kind), mask=mask)
-        tl.store(y + o_y[:, None] + half + o_half[None, :], y_2.to(kind), mask=mask)
+    """``offset + weight`` for each of some heads, parted as ``_load`` parts a head."""
+    w_1, w_2 = load_shared_pairs(weight, half, INTERLEAVED, HEADS, HALF)
+    w_3 = w_1
     if REST > 0:
-        o_rest = tl.arange(0, REST)
-        m_rest = m_head[:, None] & (o_rest < rest)[None, :]
-        tl.store(y + o_y[:, None] + 2 * half + o_rest[None, :], y_3.to(kind), mask=m_rest)
+        o_rest = tl.zeros((HEADS, 1), tl.int32) + tl.arange(0, REST)[None, :]
+        w_3 = tl.load(weight + 2 * half + o_rest, mask=o_rest < rest, other=0.0).to(tl.float32)
+    return w_1 + offset, w_2 + offset, w_3 + offset
 
 
 @jit
@@ -87,11 +71,182 @@ def _sum(a_1, b_1, a_2, b_2, a_3, b_3, REST: tl.constexpr):
     total = tl.sum(a_1 * b_1 + a_2 * b_2, axis=1)
     if REST > 0:
         total += tl.sum(a_3 * b_3, axis=1)
-    return total
+    return total[:, None]
 
 
 @jit
-def _block_of_heads(
+def _store(
+    p_row,
+    m_row,
+    y_1,
+    y_2,
+    y_3,
+    half,
+    rest,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """The inverse of ``_load``."""
+    store_pairs(p_row, m_row, y_1, y_2, half, INTERLEAVED, HEADS, HALF)
+    if REST > 0:
+        o_rest = tl.arange(0, REST)[None, :]
+        tl.store(p_row + 2 * half + o_rest, y_3.to(p_row.dtype.element_ty), mask=m_row & (o_rest < rest))
+
+
+@jit
+def _forward_heads(
+    x,
+    weight,
+    y,
+    i_head,
+    heads,
+    x_head,
+    y_head,
+    c_1,
+    c_2,
+    s_1,
+    s_2,
+    half,
+    rest,
+    eps,
+    offset,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """HEADS heads of one token."""
+    o_head = i_head + tl.arange(0, HEADS)[:, None]
+    m_head = o_head < heads
+    o_head = o_head.to(tl.int64)
+    x_1, x_2, x_3 = _load(x + o_head * x_head, m_head, half, rest, INTERLEAVED, HEADS, HALF, REST)
+    w_1, w_2, w_3 = _load_weight(weight, offset, half, rest, INTERLEAVED, HEADS, HALF, REST)
+    r = tl.rsqrt(_sum(x_1, x_1, x_2, x_2, x_3, x_3, REST) / (2 * half + rest) + eps)
+    y_1, y_2 = turn_pairs(x_1 * r * w_1, x_2 * r * w_2, c_1, c_2, s_1, s_2, False)
+    y_3 = x_3 * r * w_3
+    _store(y + o_head * y_head, m_head, y_1, y_2, y_3, half, rest, INTERLEAVED, HEADS, HALF, REST)
+
+
+@jit(do_not_specialize=["tokens"])
+def _forward_kernel(
+    q,
+    k,
+    q_weight,
+    k_weight,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    position_ids,
+    tokens,
+    q_heads,
+    k_heads,
+    half,
+    rest,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    qo_batch,
+    qo_head,
+    qo_token,
+    ko_batch,
+    ko_head,
+    ko_token,
+    cos_axis,
+    cos_batch,
+    cos_row,
+    position_axis,
+    position_batch,
+    position_token,
+    section_1,
+    section_2,
+    eps,
+    offset,
+    INTERLEAVED: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One program takes one token, HEADS heads at a time."""
+    i_row = tl.program_id(0)
+    i_batch = (i_row // tokens).to(tl.int64)
+    i_token = (i_row % tokens).to(tl.int64)
+    c_1, c_2, s_1, s_2 = load_angles(
+        cos,
+        sin,
+        position_ids,
+        i_batch,
+        i_token,
+        half,
+        cos_axis,
+        cos_batch,
+        cos_row,
+        position_axis,
+        position_batch,
+        position_token,
+        section_1,
+        section_2,
+        INTERLEAVED,
+        SECTIONS,
+        HEADS,
+        HALF,
+    )
+    for block in tl.static_range(Q_BLOCKS):
+        _forward_heads(
+            q + i_batch * q_batch + i_token * q_token,
+            q_weight,
+            q_out + i_batch * qo_batch + i_token * qo_token,
+            block * HEADS,
+            q_heads,
+            q_head,
+            qo_head,
+            c_1,
+            c_2,
+            s_1,
+            s_2,
+            half,
+            rest,
+            eps,
+            offset,
+            INTERLEAVED,
+            HEADS,
+            HALF,
+            REST,
+        )
+    for block in tl.static_range(K_BLOCKS):
+        _forward_heads(
+            k + i_batch * k_batch + i_token * k_token,
+            k_weight,
+            k_out + i_batch * ko_batch + i_token * ko_token,
+            block * HEADS,
+            k_heads,
+            k_head,
+            ko_head,
+            c_1,
+            c_2,
+            s_1,
+            s_2,
+            half,
+            rest,
+            eps,
+            offset,
+            INTERLEAVED,
+            HEADS,
+            HALF,
+            REST,
+        )
+
+
+@jit
+def _backward_heads(
     x,
     weight,
     upstream,
@@ -133,35 +288,24 @@ def _block_of_heads(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Some heads of tokens ``i_first, i_first + programs, ...``: forward, or backward where there is an upstream."""
+    """HEADS heads of a token or, where the weight is trained, of tokens ``i_first, i_first + programs, ...``."""
     width = 2 * half + rest
-    o_head = (i_head + tl.arange(0, HEADS)).to(tl.int64)
+    o_head = i_head + tl.arange(0, HEADS)[:, None]
     m_head = o_head < heads
-    o_half = tl.arange(0, HALF)
-    m_half = o_half < half
-    o_1 = o_half
-    o_2 = half + o_half
-    if INTERLEAVED:
-        o_1 = 2 * o_half
-        o_2 = o_1 + 1
-    w_1 = tl.load(weight + o_1, mask=m_half, other=0.0).to(tl.float32)[None, :] + offset
-    w_2 = tl.load(weight + o_2, mask=m_half, other=0.0).to(tl.float32)[None, :] + offset
-    o_rest = o_half
-    m_rest = m_half
-    w_3 = w_1
+    o_head = o_head.to(tl.int64)
+    w_1, w_2, w_3 = _load_weight(weight, offset, half, rest, INTERLEAVED, HEADS, HALF, REST)
+    sum_1 = tl.zeros((HEADS, HALF), tl.float32)
+    sum_2 = tl.zeros((HEADS, HALF), tl.float32)
+    sum_3 = sum_1
     if REST > 0:
-        o_rest = tl.arange(0, REST)
-        m_rest = o_rest < rest
-        w_3 = tl.load(weight + 2 * half + o_rest, mask=m_rest, other=0.0).to(tl.float32)[None, :] + offset
-    sum_1 = w_1
-    sum_2 = w_2
-    sum_3 = w_3
+        sum_3 = tl.zeros((HEADS, REST), tl.float32)
+    end = i_first + 1
+    step = 1
     if p_dweight is not None:
-        sum_1 = tl.zeros((HEADS, HALF), tl.float32)
-        sum_2 = tl.zeros((HEADS, HALF), tl.float32)
-        if REST > 0:
-            sum_3 = tl.zeros((HEADS, REST), tl.float32)
-    for i_row in range(i_first, rows, programs):
+        end = rows
+        step = programs
+    # Without sums one token: the compiler sees that, and keeps no loop.
+    for i_row in range(i_first, end, step):
         i_batch = (i_row // tokens).to(tl.int64)
         i_token = (i_row % tokens).to(tl.int64)
         c_1, c_2, s_1, s_2 = load_angles(
@@ -181,50 +325,48 @@ def _block_of_heads(
             section_2,
             INTERLEAVED,
             SECTIONS,
-            upstream is not None,
+            HEADS,
             HALF,
         )
-        p_x = x + i_batch * x_batch + i_token * x_token
-        x_1, x_2, x_3 = _load(p_x, o_head * x_head, half, rest, m_head, INTERLEAVED, HEADS, HALF, REST)
-        r = tl.rsqrt(_sum(x_1, x_1, x_2, x_2, x_3, x_3, REST) / width + eps)[:, None]
+        p_x = x + i_batch * x_batch + i_token * x_token + o_head * x_head
+        x_1, x_2, x_3 = _load(p_x, m_head, half, rest, INTERLEAVED, HEADS, HALF, REST)
+        p_d = upstream + i_batch * d_batch + i_token * d_token + o_head * d_head
+        g_1, g_2, g_3 = _load(p_d, m_head, half, rest, INTERLEAVED, HEADS, HALF, REST)
+        r = tl.rsqrt(_sum(x_1, x_1, x_2, x_2, x_3, x_3, REST) / width + eps)
         x_1 *= r
         x_2 *= r
         x_3 *= r
-        p_y = y + i_batch * y_batch + i_token * y_token
-        if upstream is None:
-            n_1 = x_1 * w_1
-            n_2 = x_2 * w_2
-            y_1 = n_1 * c_1[None, :] - n_2 * s_1[None, :]
-            y_2 = n_2 * c_2[None, :] + n_1 * s_2[None, :]
-            y_3 = x_3 * w_3
-        else:
-            p_d = upstream + i_batch * d_batch + i_token * d_token
-            d_1, d_2, d_3 = _load(p_d, o_head * d_head, half, rest, m_head, INTERLEAVED, HEADS, HALF, REST)
-            g_1 = d_1 * c_1[None, :] - d_2 * s_1[None, :]
-            g_2 = d_2 * c_2[None, :] + d_1 * s_2[None, :]
-            g_3 = d_3
-            if p_dweight is not None:
-                sum_1 += g_1 * x_1
-                sum_2 += g_2 * x_2
-                if REST > 0:
-                    sum_3 += g_3 * x_3
-            g_1 *= w_1
-            g_2 *= w_2
-            g_3 *= w_3
-            mean = (_sum(g_1, x_1, g_2, x_2, g_3, x_3, REST) / width)[:, None]
-            y_1 = (g_1 - x_1 * mean) * r
-            y_2 = (g_2 - x_2 * mean) * r
-            y_3 = (g_3 - x_3 * mean) * r
-        _store(p_y, o_head * y_head, y_1, y_2, y_3, half, rest, m_head, INTERLEAVED, HEADS, HALF, REST)
+        g_1, g_2 = turn_pairs(g_1, g_2, c_1, c_2, s_1, s_2, True)
+        if p_dweight is not None:
+            sum_1 += g_1 * x_1
+            sum_2 += g_2 * x_2
+            if REST > 0:
+                sum_3 += g_3 * x_3
+        g_1 *= w_1
+        g_2 *= w_2
+        g_3 *= w_3
+        mean = _sum(g_1, x_1, g_2, x_2, g_3, x_3, REST) / width
+        y_1 = (g_1 - x_1 * mean) * r
+        y_2 = (g_2 - x_2 * mean) * r
+        y_3 = (g_3 - x_3 * mean) * r
+        p_y = y + i_batch * y_batch + i_token * y_token + o_head * y_head
+        _store(p_y, m_head, y_1, y_2, y_3, half, rest, INTERLEAVED, HEADS, HALF, REST)
     if p_dweight is not None:
-        tl.store(p_dweight + o_1, tl.sum(sum_1, axis=0), mask=m_half)
-        tl.store(p_dweight + o_2, tl.sum(sum_2, axis=0), mask=m_half)
+        o_half = tl.arange(0, HALF)
+        o_1 = o_half
+        o_2 = half + o_half
+        if INTERLEAVED:
+            o_1 = 2 * o_half
+            o_2 = o_1 + 1
+        tl.store(p_dweight + o_1, tl.sum(sum_1, axis=0), mask=o_half < half)
+        tl.store(p_dweight + o_2, tl.sum(sum_2, axis=0), mask=o_half < half)
         if REST > 0:
-            tl.store(p_dweight + 2 * half + o_rest, tl.sum(sum_3, axis=0), mask=m_rest)
+            o_rest = tl.arange(0, REST)
+            tl.store(p_dweight + 2 * half + o_rest, tl.sum(sum_3, axis=0), mask=o_rest < rest)
 
 
 @jit(do_not_specialize=["tokens", "rows", "programs"])
-def _qk_norm_rotary_kernel(
+def _backward_kernel(
     q,
     k,
     q_weight,
@@ -242,8 +384,6 @@ def _qk_norm_rotary_kernel(
     programs,
     q_heads,
     k_heads,
-    q_blocks,
-    k_blocks,
     half,
     rest,
     q_batch,
@@ -276,23 +416,24 @@ def _qk_norm_rotary_kernel(
     offset,
     INTERLEAVED: tl.constexpr,
     SECTIONS: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One program takes HEADS heads of q or of k, of tokens ``program, program + programs, ...`` of all sequences.
+    """One program takes HEADS heads of q or of k of one token; dq and dk are gradients of the outputs, out of q and k.
 
-    Forward: out from q and k. Backward, with dq and dk, the gradients of the outputs: out is the gradient of q and k;
-    with dweight, the sum over a program's heads and tokens goes to ``dweight[block, program]``.
+    With dweight, it takes tokens ``program, program + programs, ...`` of all sequences, and the sum over its heads and
+    tokens goes to ``dweight[block, program]``.
     """
-    blocks = q_blocks + k_blocks
-    i_block = tl.program_id(0) % blocks
-    i_first = tl.program_id(0) // blocks
+    i_block = tl.program_id(0) % (Q_BLOCKS + K_BLOCKS)
+    i_first = tl.program_id(0) // (Q_BLOCKS + K_BLOCKS)
     p_dweight = dweight
     if dweight is not None:
         p_dweight = dweight + (i_block.to(tl.int64) * programs + i_first) * (2 * half + rest)
-    if i_block < q_blocks:
-        _block_of_heads(
+    if i_block < Q_BLOCKS:
+        _backward_heads(
             q,
             q_weight,
             dq,
@@ -335,7 +476,7 @@ def _qk_norm_rotary_kernel(
             REST,
         )
     else:
-        _block_of_heads(
+        _backward_heads(
             k,
             k_weight,
             dk,
@@ -349,7 +490,7 @@ def _qk_norm_rotary_kernel(
             programs,
             tokens,
             k_heads,
-            (i_block - q_blocks) * HEADS,
+            (i_block - Q_BLOCKS) * HEADS,
             half,
             rest,
             k_batch,
@@ -388,9 +529,17 @@ class Norms(NamedTuple):
     eps: float
 
 
-def _strides(name: str, x: torch.Tensor | None, head: int, token: int) -> dict[str, int]:
-    values = (0, 0, 0) if x is None else (x.stride(0), x.stride(head), x.stride(token))
-    return dict(zip((f"{name}_batch", f"{name}_head", f"{name}_token"), values))
+def _strides(name: str, x: torch.Tensor, head: int, token: int) -> dict[str, int]:
+    return {f"{name}_batch": x.stride(0), f"{name}_head": x.stride(head), f"{name}_token": x.stride(token)}
+
+
+def _constants(settings: HeadSettings) -> dict[str, int]:
+    return {
+        "Q_BLOCKS": settings.q_blocks,
+        "K_BLOCKS": settings.k_blocks,
+        "HEADS": settings.heads,
+        "num_warps": settings.num_warps,
+    }
 
 
 def qk_norm_rotary_launch(
@@ -416,78 +565,82 @@ def qk_norm_rotary_launch(
         The outputs, or the gradients of q and k; and the float32 gradients [D] of the weights or None.
     """
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    dq, dk = (None, None) if upstream is None else (x if x.stride(-1) == 1 else x.contiguous() for x in upstream)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     head, token = (1, 2) if angles.head_axis == 1 else (2, 1)
     half, width = angles.cos.shape[-1] // 2, q.shape[-1]
     rest = width - 2 * half
-    block = next_power_of_2(half)
-    q_heads, k_heads = q.shape[head], k.shape[head]
-    heads = min(max(TILE // next_power_of_2(width), 1), next_power_of_2(max(q_heads, k_heads)))
-    q_blocks, k_blocks = cdiv(q_heads, heads), cdiv(k_heads, heads)
-    num_warps = max(heads * next_power_of_2(width) // ELEMENTS_PER_WARP, 1)
+    q_heads, k_heads, pairs = q.shape[head], k.shape[head], max(next_power_of_2(width) // 2, 1)
     rows = q.shape[0] * q.shape[token]
+    cos, positions = angles.cos, angles.position_ids
+    sections = angles.sections or (0, 0, 0)
+    common = {
+        "q": q,
+        "k": k,
+        "q_weight": norms.q_weight.contiguous(),
+        "k_weight": norms.k_weight.contiguous(),
+        "q_out": q_out,
+        "k_out": k_out,
+        "cos": cos,
+        "sin": angles.sin,
+        "position_ids": positions,
+        "tokens": q.shape[token],
+        "q_heads": q_heads,
+        "k_heads": k_heads,
+        "half": half,
+        "rest": rest,
+        **_strides("q", q, head, token),
+        **_strides("k", k, head, token),
+        **_strides("qo", q_out, head, token),
+        **_strides("ko", k_out, head, token),
+        "cos_axis": cos.stride(0) if positions is None else 0,
+        "cos_batch": cos.stride(1) if positions is None else 0,
+        "cos_row": cos.stride(-2),
+        "position_axis": positions.stride(0) if positions is not None else 0,
+        "position_batch": positions.stride(1) if positions is not None else 0,
+        "position_token": positions.stride(2) if positions is not None else 0,
+        "section_1": sections[0],
+        "section_2": sections[0] + sections[1],
+        "eps": norms.eps,
+        "offset": norms.offset,
+        "INTERLEAVED": angles.layout == "interleaved",
+        "SECTIONS": angles.sections is not None,
+        "HALF": next_power_of_2(half),
+        "REST": next_power_of_2(rest) if rest else 0,
+    }
+    if upstream is None:
+        settings = token_settings(q_heads, k_heads, pairs)
+        if rows:
+            with on_device(q):
+                _forward_kernel[(rows,)](**common, **_constants(settings))
+        return q_out, k_out, None
+    dq, dk = (x if x.stride(-1) == 1 else x.contiguous() for x in upstream)
+    settings = head_settings(q_heads, k_heads, pairs, BACKWARD_PAIRS)
+    blocks = settings.q_blocks + settings.k_blocks
     programs = rows
     partial = None
     if weight_grad:
-        programs = max(
-            min(persistent_programs(q, max(RESIDENT_WARPS // num_warps, 1)) // (q_blocks + k_blocks), rows), 1
-        )
-        partial = torch.empty((q_blocks + k_blocks, programs, width), dtype=torch.float32, device=q.device)
-    cos, positions = angles.cos, angles.position_ids
-    sections = angles.sections or (0, 0, 0)
+        resident = max(RESIDENT_WARPS // settings.num_warps, 1)
+        programs = max(min(persistent_programs(q, resident) // blocks, rows), 1)
+        partial = torch.empty((blocks, programs, width), dtype=torch.float32, device=q.device)
     if rows:
         with on_device(q):
-            _qk_norm_rotary_kernel[(programs * (q_blocks + k_blocks),)](
-                q=q,
-                k=k,
-                q_weight=norms.q_weight.contiguous(),
-                k_weight=norms.k_weight.contiguous(),
+            _backward_kernel[(programs * blocks,)](
+                **common,
                 dq=dq,
                 dk=dk,
-                q_out=q_out,
-                k_out=k_out,
                 dweight=partial,
-                cos=cos,
-                sin=angles.sin,
-                position_ids=positions,
-                tokens=q.shape[token],
                 rows=rows,
                 programs=programs,
-                q_heads=q_heads,
-                k_heads=k_heads,
-                q_blocks=q_blocks,
-                k_blocks=k_blocks,
-                half=half,
-                rest=rest,
-                **_strides("q", q, head, token),
-                **_strides("k", k, head, token),
                 **_strides("dq", dq, head, token),
                 **_strides("dk", dk, head, token),
-                **_strides("qo", q_out, head, token),
-                **_strides("ko", k_out, head, token),
-                cos_axis=cos.stride(0) if positions is None else 0,
-                cos_batch=cos.stride(1) if positions is None else 0,
-                cos_row=cos.stride(-2),
-                position_axis=positions.stride(0) if positions is not None else 0,
-                position_batch=positions.stride(1) if positions is not None else 0,
-                position_token=positions.stride(2) if positions is not None else 0,
-                section_1=sections[0],
-                section_2=sections[0] + sections[1],
-                eps=norms.eps,
-                offset=norms.offset,
-                INTERLEAVED=angles.layout == "interleaved",
-                SECTIONS=angles.sections is not None,
-                HEADS=heads,
-                HALF=block,
-                REST=next_power_of_2(rest) if rest else 0,
-                num_warps=num_warps,
+                **_constants(settings),
             )
     if partial is None:
         return q_out, k_out, None
     if not rows:
         partial.zero_()
-    return q_out, k_out, (partial[:q_blocks].sum((0, 1)), partial[q_blocks:].sum((0, 1)))
+    of_q, of_k = partial[: settings.q_blocks], partial[settings.q_blocks :]
+    return q_out, k_out, (of_q.sum((0, 1)), of_k.sum((0, 1)))
 
 
 class _QKNormRotary(torch.autograd.Function):
@@ -575,32 +728,38 @@ def qk_norm_rotary(
 
 
 def variants() -> Iterator[Variant]:
-    """Forms of the kernel for ahead-of-time compilation."""
-    names = ["tokens", "rows", "programs", "q_heads", "k_heads", "q_blocks", "k_blocks", "half", "rest"]
-    names += [f"{x}_{axis}" for x in ("q", "k", "dq", "dk", "qo", "ko") for axis in ("batch", "head", "token")]
+    """Forms of the kernels for ahead-of-time compilation."""
+    names = ["tokens", "q_heads", "k_heads", "half", "rest"]
+    names += [f"{x}_{axis}" for x in ("q", "k", "qo", "ko") for axis in ("batch", "head", "token")]
     names += ["cos_axis", "cos_batch", "cos_row", "position_axis", "position_batch", "position_token"]
     common = dict.fromkeys([*names, "section_1", "section_2"], "i32") | {"eps": "fp32", "offset": "fp32"}
+    gradients = [f"{x}_{axis}" for x in ("dq", "dk") for axis in ("batch", "head", "token")]
+    backward = dict.fromkeys(["rows", "programs", *gradients], "i32")
+    flags = ("INTERLEAVED", "SECTIONS", "Q_BLOCKS", "K_BLOCKS", "HEADS", "HALF", "REST")
     for dtype in ("fp16", "bf16", "fp32"):
         p = f"*{dtype}"
-        pointers = dict.fromkeys(("q", "k", "q_weight", "k_weight", "q_out", "k_out", "cos", "sin"), p)
-        absent = dict.fromkeys(("dq", "dk", "dweight", "position_ids"))
-        for form, arguments, flags in (
-            ("forward", {}, (False, False, 8, 64, 0)),
-            ("backward", {"dq": p, "dk": p}, (False, False, 8, 64, 0)),
+        pointers = dict.fromkeys(("q", "k", "q_weight", "k_weight", "q_out", "k_out", "cos", "sin"), p) | common
+        upstream = backward | {"dq": p, "dk": p}
+        trained = upstream | {"dweight": "*fp32"}
+        for form, kernel, arguments, absent, values in (
+            ("forward", _forward_kernel, {}, ["position_ids"], (False, False, 2, 1, 16, 64, 0)),
+            ("backward", _backward_kernel, upstream, ["dweight", "position_ids"], (False, False, 4, 1, 8, 64, 0)),
+            ("backward-trained", _backward_kernel, trained, ["position_ids"], (False, False, 4, 1, 8, 64, 0)),
             (
                 "backward-trained-interleaved-partial-positions",
-                {"dq": p, "dk": p, "dweight": "*fp32", "position_ids": "*i64"},
-                (True, True, 8, 32, 64),
+                _backward_kernel,
+                trained | {"position_ids": "*i64"},
+                [],
+                (True, True, 4, 1, 8, 32, 64),
             ),
         ):
-            constants = dict(zip(("INTERLEAVED", "SECTIONS", "HEADS", "HALF", "REST"), flags))
-            constants |= {name: None for name in absent if name not in arguments}
             yield Variant(
                 f"qk_norm_rotary-{dtype}-{form}",
-                _qk_norm_rotary_kernel,
-                pointers | arguments | common,
-                constants,
-                2,
+                kernel,
+                pointers | arguments,
+                dict(zip(flags, values)) | dict.fromkeys(absent),
+                4 if kernel is _forward_kernel else 2,
                 minimum=bfloat16_minimum(dtype),
-                representative="trained" in form and dtype == "bf16",
+                representative=form in ("forward", "backward-trained-interleaved-partial-positions")
+                and dtype == "bf16",
             )

@@ -18,12 +18,68 @@ from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import rotary as rotary_reference
-from .utils import cdiv, next_power_of_2, require_floating, require_same_device, require_shape
+from .utils import LANES, MAX_THREADS, cdiv, next_power_of_2, require_floating, require_same_device, require_shape
 
 LAYOUTS = ("half", "interleaved")
-# Elements a program turns: eight heads of 128 channels, with two warps 16 elements a thread.
-TILE = 1024
-ELEMENTS_PER_WARP = 512
+# Pairs of channels that a thread turns at a time, one 16-byte load of each half from a 2-byte dtype, and that a program
+# turns at a time: 16 heads of 128 channels by 128 threads.
+PAIRS_PER_THREAD = 8
+PAIRS = 1024
+# Blocks of heads that a program takes in turn, unrolled; of more heads, more threads take more at a time.
+MAX_BLOCKS = 8
+
+
+@jit
+def load_pairs(
+    p_row,
+    m_row,
+    half,
+    EVICTION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """First and second of each pair of channels of some rows, [HEADS, HALF], float32.
+
+    ``p_row`` [HEADS, 1] points to the first channels (or [HEADS, channels], to those of the row a channel belongs to).
+    """
+    if INTERLEAVED:
+        # Pairs are loaded and stored as flat rows and parted in registers, which keeps the accesses wide.
+        o_flat = tl.arange(0, 2 * HALF)[None, :]
+        flat = tl.load(p_row + o_flat, mask=m_row & (o_flat < 2 * half), other=0.0, eviction_policy=EVICTION)
+        x_1, x_2 = tl.split(tl.reshape(flat.to(tl.float32), (HEADS, HALF, 2)))
+    else:
+        o_half = tl.arange(0, HALF)[None, :]
+        mask = m_row & (o_half < half)
+        x_1 = tl.load(p_row + o_half, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        x_2 = tl.load(p_row + half + o_half, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    return x_1, x_2
+
+
+@jit
+def store_pairs(p_row, m_row, y_1, y_2, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """The inverse of ``load_pairs``."""
+    kind = p_row.dtype.element_ty
+    if INTERLEAVED:
+        o_flat = tl.arange(0, 2 * HALF)[None, :]
+        flat = tl.reshape(tl.join(y_1.to(kind), y_2.to(kind)), (HEADS, 2 * HALF))
+        tl.store(p_row + o_flat, flat, mask=m_row & (o_flat < 2 * half))
+    else:
+        o_half = tl.arange(0, HALF)[None, :]
+        mask = m_row & (o_half < half)
+        tl.store(p_row + o_half, y_1.to(kind), mask=mask)
+        tl.store(p_row + half + o_half, y_2.to(kind), mask=mask)
+
+
+@jit
+def load_shared_pairs(p_row, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """The pairs of one row, the same for each of HEADS heads: [HEADS, HALF], float32.
+
+    Each thread loads what its heads need, from the first-level cache but for the first time. A row that is loaded once
+    would lie in other threads, and reach these through shared memory, behind barriers.
+    """
+    o_row = tl.zeros((HEADS, 1), tl.int32)
+    return load_pairs(p_row + o_row, o_row == 0, half, "", INTERLEAVED, HEADS, HALF)
 
 
 @jit
@@ -44,46 +100,48 @@ def load_angles(
     section_2,
     INTERLEAVED: tl.constexpr,
     SECTIONS: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Cos and sin of one token, of the first and the second of each pair, float32; of the turn back if BACKWARD."""
-    o_half = tl.arange(0, HALF)
-    m_half = o_half < half
+    """Cos and sin of one token for HEADS heads, of the first and the second of each pair."""
+    i_axis = 0
     if SECTIONS:
-        i_axis = tl.where(o_half < section_1, 0, tl.where(o_half < section_2, 1, 2)).to(tl.int64)
-    else:
-        i_axis = tl.zeros((HALF,), tl.int64)
+        o_pair = tl.zeros((HEADS, 1), tl.int32)
+        if INTERLEAVED:
+            o_pair += tl.arange(0, 2 * HALF)[None, :] // 2
+        else:
+            o_pair += tl.arange(0, HALF)[None, :]
+        i_axis = tl.where(o_pair < section_1, 0, tl.where(o_pair < section_2, 1, 2)).to(tl.int64)
     if position_ids is not None:
         o_position = i_axis * position_axis + i_batch * position_batch + i_token * position_token
-        o_cos = tl.load(position_ids + o_position, mask=m_half, other=0).to(tl.int64) * cos_row
+        o_cos = tl.load(position_ids + o_position).to(tl.int64) * cos_row
     else:
         o_cos = i_axis * cos_axis + i_batch * cos_batch + i_token * cos_row
-    if INTERLEAVED:
-        o_first = o_cos + 2 * o_half
-        o_second = o_first + 1
-    else:
-        o_first = o_cos + o_half
-        o_second = o_first + half
-    c_1 = tl.load(cos + o_first, mask=m_half, other=0.0).to(tl.float32)
-    c_2 = tl.load(cos + o_second, mask=m_half, other=0.0).to(tl.float32)
-    s_1 = tl.load(sin + o_first, mask=m_half, other=0.0).to(tl.float32)
-    s_2 = tl.load(sin + o_second, mask=m_half, other=0.0).to(tl.float32)
-    if BACKWARD:
-        transposed = s_1
-        s_1 = -s_2
-        s_2 = -transposed
+    c_1, c_2 = load_shared_pairs(cos + o_cos, half, INTERLEAVED, HEADS, HALF)
+    s_1, s_2 = load_shared_pairs(sin + o_cos, half, INTERLEAVED, HEADS, HALF)
     return c_1, c_2, s_1, s_2
+
+
+@jit
+def turn_pairs(x_1, x_2, c_1, c_2, s_1, s_2, BACKWARD: tl.constexpr):
+    """``y1 = x1 c1 - x2 s1; y2 = x2 c2 + x1 s2``, or with BACKWARD its transpose."""
+    if BACKWARD:
+        y_1 = x_1 * c_1 + x_2 * s_2
+        y_2 = x_2 * c_2 - x_1 * s_1
+    else:
+        y_1 = x_1 * c_1 - x_2 * s_1
+        y_2 = x_2 * c_2 + x_1 * s_2
+    return y_1, y_2
 
 
 @jit
 def _rotate_heads(
     x,
     y,
+    i_head,
     heads,
     x_stride,
     y_stride,
-    o_head,
     c_1,
     c_2,
     s_1,
@@ -91,39 +149,26 @@ def _rotate_heads(
     half,
     rest,
     INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr,
     COPY_REST: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """``y1 = x1 c1 - x2 s1; y2 = x2 c2 + x1 s2`` for some heads of one token; channels beyond are copied."""
-    o_half = tl.arange(0, HALF)
+    """Turn HEADS heads of one token; channels beyond are copied."""
+    o_head = i_head + tl.arange(0, HEADS)[:, None]
     m_head = o_head < heads
-    mask = m_head[:, None] & (o_half < half)[None, :]
-    o_x = o_head[:, None] * x_stride
-    o_y = o_head[:, None] * y_stride
-    # Pairs are loaded and stored as flat rows and parted in registers, which keeps the accesses wide.
-    o_flat = tl.arange(0, 2 * HALF)
-    m_flat = m_head[:, None] & (o_flat < 2 * half)[None, :]
-    if INTERLEAVED:
-        flat = tl.load(x + o_x + o_flat[None, :], mask=m_flat, other=0.0).to(tl.float32)
-        x_1, x_2 = tl.split(tl.reshape(flat, (HEADS, HALF, 2)))
-    else:
-        x_1 = tl.load(x + o_x + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
-        x_2 = tl.load(x + o_x + half + o_half[None, :], mask=mask, other=0.0).to(tl.float32)
-    y_1 = (x_1 * c_1[None, :] - x_2 * s_1[None, :]).to(y.dtype.element_ty)
-    y_2 = (x_2 * c_2[None, :] + x_1 * s_2[None, :]).to(y.dtype.element_ty)
-    if INTERLEAVED:
-        flat = tl.reshape(tl.join(y_1, y_2), (HEADS, 2 * HALF))
-        tl.store(y + o_y + o_flat[None, :], flat, mask=m_flat)
-    else:
-        tl.store(y + o_y + o_half[None, :], y_1, mask=mask)
-        tl.store(y + o_y + half + o_half[None, :], y_2, mask=mask)
+    p_x = x + o_head.to(tl.int64) * x_stride
+    p_y = y + o_head.to(tl.int64) * y_stride
+    # Read once: such lines leave the cache before those of the result.
+    x_1, x_2 = load_pairs(p_x, m_head, half, "evict_first", INTERLEAVED, HEADS, HALF)
+    y_1, y_2 = turn_pairs(x_1, x_2, c_1, c_2, s_1, s_2, BACKWARD)
+    store_pairs(p_y, m_head, y_1, y_2, half, INTERLEAVED, HEADS, HALF)
     if COPY_REST:
-        o_rest = tl.arange(0, REST)
-        m_rest = m_head[:, None] & (o_rest < rest)[None, :]
-        value = tl.load(x + o_x + 2 * half + o_rest[None, :], mask=m_rest, other=0.0)
-        tl.store(y + o_y + 2 * half + o_rest[None, :], value, mask=m_rest)
+        o_rest = tl.arange(0, REST)[None, :]
+        m_rest = m_head & (o_rest < rest)
+        value = tl.load(p_x + 2 * half + o_rest, mask=m_rest, other=0.0, eviction_policy="evict_first")
+        tl.store(p_y + 2 * half + o_rest, value, mask=m_rest)
 
 
 @jit(do_not_specialize=["tokens"])
@@ -138,8 +183,6 @@ def _rotary_kernel(
     tokens,
     q_heads,
     k_heads,
-    q_blocks,
-    k_blocks,
     half,
     rest,
     q_batch,
@@ -166,15 +209,15 @@ def _rotary_kernel(
     SECTIONS: tl.constexpr,
     BACKWARD: tl.constexpr,
     COPY_REST: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One program turns up to HEADS heads of q or of k of one token; ``tokens`` is the length of a sequence."""
+    """One program turns one token, HEADS heads at a time; ``tokens`` is the length of a sequence."""
     # divided in 32 bits, where a division is cheap
-    i_program = tl.program_id(0)
-    i_block = i_program % (q_blocks + k_blocks)
-    i_row = i_program // (q_blocks + k_blocks)
+    i_row = tl.program_id(0)
     i_batch = (i_row // tokens).to(tl.int64)
     i_token = (i_row % tokens).to(tl.int64)
 
@@ -195,17 +238,17 @@ def _rotary_kernel(
         section_2,
         INTERLEAVED,
         SECTIONS,
-        BACKWARD,
+        HEADS,
         HALF,
     )
-    if i_block < q_blocks:
+    for block in tl.static_range(Q_BLOCKS):
         _rotate_heads(
             q + i_batch * q_batch + i_token * q_token,
             q_out + i_batch * qo_batch + i_token * qo_token,
+            block * HEADS,
             q_heads,
             q_head,
             qo_head,
-            i_block * HEADS + tl.arange(0, HEADS),
             c_1,
             c_2,
             s_1,
@@ -213,19 +256,20 @@ def _rotary_kernel(
             half,
             rest,
             INTERLEAVED,
+            BACKWARD,
             COPY_REST,
             HEADS,
             HALF,
             REST,
         )
-    else:
+    for block in tl.static_range(K_BLOCKS):
         _rotate_heads(
             k + i_batch * k_batch + i_token * k_token,
             k_out + i_batch * ko_batch + i_token * ko_token,
+            block * HEADS,
             k_heads,
             k_head,
             ko_head,
-            (i_block - q_blocks) * HEADS + tl.arange(0, HEADS),
             c_1,
             c_2,
             s_1,
@@ -233,6 +277,7 @@ def _rotary_kernel(
             half,
             rest,
             INTERLEAVED,
+            BACKWARD,
             COPY_REST,
             HEADS,
             HALF,
@@ -260,6 +305,35 @@ class Angles(NamedTuple):
     head_axis: int
 
 
+class HeadSettings(NamedTuple):
+    """How a program takes the heads of a token.
+
+    Attributes:
+        heads: Heads at a time, a power of two.
+        q_blocks: Times it does so for q.
+        k_blocks: Times it does so for k.
+        num_warps: Warps a program.
+    """
+
+    heads: int
+    q_blocks: int
+    k_blocks: int
+    num_warps: int
+
+
+def head_settings(q_heads: int, k_heads: int, pairs: int, at_a_time: int) -> HeadSettings:
+    """Settings for heads of ``pairs`` pairs of channels, a power of two, and ``at_a_time`` pairs of all heads."""
+    heads = min(max(at_a_time // pairs, 1), next_power_of_2(max(q_heads, k_heads)))
+    num_warps = min(max(heads * pairs // (LANES * PAIRS_PER_THREAD), 1), MAX_THREADS // LANES)
+    return HeadSettings(heads, cdiv(q_heads, heads), cdiv(k_heads, heads), num_warps)
+
+
+def token_settings(q_heads: int, k_heads: int, pairs: int) -> HeadSettings:
+    """Settings for a program that takes all heads of a token."""
+    least = next_power_of_2((q_heads + k_heads) * pairs) // MAX_BLOCKS
+    return head_settings(q_heads, k_heads, pairs, min(max(PAIRS, least), MAX_THREADS * PAIRS_PER_THREAD))
+
+
 def rotary_launch(
     q: torch.Tensor, k: torch.Tensor, angles: Angles, *, backward: bool = False, inplace: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,10 +346,9 @@ def rotary_launch(
     rest = q.shape[-1] - 2 * half
     block = next_power_of_2(half)
     q_heads, k_heads = q.shape[head], k.shape[head]
-    heads = min(max(TILE // (2 * block), 1), next_power_of_2(max(q_heads, k_heads)))
-    q_blocks, k_blocks = cdiv(q_heads, heads), cdiv(k_heads, heads)
+    settings = token_settings(q_heads, k_heads, block)
     cos, positions = angles.cos, angles.position_ids
-    programs = q.shape[0] * q.shape[token] * (q_blocks + k_blocks)
+    programs = q.shape[0] * q.shape[token]
     sections = angles.sections or (0, 0, 0)
     if programs:
         with on_device(q):
@@ -290,8 +363,6 @@ def rotary_launch(
                 tokens=q.shape[token],
                 q_heads=q_heads,
                 k_heads=k_heads,
-                q_blocks=q_blocks,
-                k_blocks=k_blocks,
                 half=half,
                 rest=rest,
                 q_batch=q.stride(0),
@@ -318,10 +389,12 @@ def rotary_launch(
                 SECTIONS=angles.sections is not None,
                 BACKWARD=backward,
                 COPY_REST=rest > 0 and not inplace,
-                HEADS=heads,
+                Q_BLOCKS=settings.q_blocks,
+                K_BLOCKS=settings.k_blocks,
+                HEADS=settings.heads,
                 HALF=block,
                 REST=next_power_of_2(rest),
-                num_warps=max(heads * 2 * block // ELEMENTS_PER_WARP, 1),
+                num_warps=settings.num_warps,
             )
     return q_out, k_out
 
@@ -465,7 +538,7 @@ def rotary(
 def variants() -> Iterator[Variant]:
     """Forms of the kernel for ahead-of-time compilation."""
     strides = [f"{x}_{axis}" for x in ("q", "k", "qo", "ko") for axis in ("batch", "head", "token")]
-    names = ["tokens", "q_heads", "k_heads", "q_blocks", "k_blocks", "half", "rest", *strides]
+    names = ["tokens", "q_heads", "k_heads", "half", "rest", *strides]
     names += ["cos_axis", "cos_batch", "cos_row", "position_axis", "position_batch", "position_token"]
     integers = dict.fromkeys([*names, "section_1", "section_2"], "i32")
     for dtype in ("fp16", "bf16", "fp32"):
@@ -477,13 +550,13 @@ def variants() -> Iterator[Variant]:
             ("half-sections-positions", {"position_ids": "*i64"}, (False, True, False, False)),
         ):
             constants = dict(zip(("INTERLEAVED", "SECTIONS", "BACKWARD", "COPY_REST"), flags))
-            constants |= {"HEADS": 8, "HALF": 64, "REST": 64}
+            constants |= {"Q_BLOCKS": 2, "K_BLOCKS": 1, "HEADS": 16, "HALF": 64, "REST": 64}
             yield Variant(
                 f"rotary-{dtype}-{form}",
                 _rotary_kernel,
                 pointers | arguments | integers,
                 constants if arguments else constants | {"position_ids": None},
-                2,
+                4,
                 minimum=bfloat16_minimum(dtype),
                 representative=form == "interleaved-partial-positions" and dtype == "bf16",
             )

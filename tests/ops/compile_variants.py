@@ -4,13 +4,14 @@
 
 Every variant is compiled for the oldest chip that takes its dtype, and the representative ones for every other chip;
 with ``--all``, all for every chip (some minutes). Prints one JSON object: how many forms were compiled for each chip,
-and every failure.
+every failure, and of each form the most shared memory and, on NVIDIA chips, the most loads of single bytes.
 """
 
 from __future__ import annotations
 
 import collections
 import json
+import re
 import sys
 
 import triton
@@ -67,20 +68,27 @@ def main(arguments: list[str]) -> int:
     modules = [argument for argument in arguments if argument != "--all"] or _variants.MODULES
     compiled: collections.Counter[str] = collections.Counter()
     failures = []
+    memory: collections.Counter[str] = collections.Counter()
+    single_bytes: collections.Counter[str] = collections.Counter()
     for variant in _variants.collect(modules):
         for chip, target, limit in targets(variant, everything):
             options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
             try:
-                shared = triton.compile(source_of(variant), target=target, options=options).metadata.shared
+                form = triton.compile(source_of(variant), target=target, options=options)
             except Exception as error:  # noqa: BLE001 - every failure is reported by name
                 failures.append(f"{variant.name} on {chip}: {type(error).__name__}: {str(error)[-400:]}")
                 continue
             compiled[chip] += 1
+            shared = form.metadata.shared
+            memory[variant.name] = max(memory[variant.name], shared)
+            loads = len(re.findall(r"\bld\.global\S*\.[bus]8\b", form.asm.get("ptx", "")))
+            single_bytes[variant.name] = max(single_bytes[variant.name], loads)
             if variant.num_warps * target.warp_size > MAX_THREADS:
                 failures.append(f"{variant.name} on {chip}: {variant.num_warps} warps are too many threads")
             if shared > limit:
                 failures.append(f"{variant.name} on {chip}: {shared} bytes of shared memory, the chip has {limit}")
-    print(json.dumps({"compiled": compiled, "failures": failures}))
+    report = {"compiled": compiled, "failures": failures, "shared": memory, "single_bytes": single_bytes}
+    print(json.dumps(report))
     return len(failures)
 
 

@@ -33,6 +33,13 @@ def test_variants_compile_for_every_chip(module, tmp_path):
     assert not report["failures"], "\n".join(report["failures"])
     # The modules that multiply on fp8 units and those of grouped products need not have a form for the oldest chips.
     assert CHIPS >= set(report["compiled"]) >= {"sm_90", "gfx942"} or not list(_variants.collect([module]))
+    # What costs such kernels a quarter of their time or more: angles that pass through shared memory, behind barriers,
+    # and packed weights loaded byte by byte (of nested scales each is a byte of its own).
+    for name in report["shared"]:
+        if "rotary" in name and "trained" not in name:
+            assert report["shared"][name] == 0, f"{name} exchanges through shared memory"
+        if name.startswith("nf4_dequantize"):
+            assert report["single_bytes"][name] <= 1, f"{name} loads single bytes"
 
 
 def test_variant_names_are_unique_and_complete():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -54,6 +56,12 @@ def test_gemma_and_head_axis(head_axis, dtype, device):
 @pytest.mark.parametrize("grad", [("q", "k"), ("q", "k_weight")], ids="+".join)
 def test_only_what_is_trained(grad, device):
     assert_matches(*both(), inputs_of(2, 3, 2, 5, 16, 16), dtype=torch.float32, device=device, grad=grad)
+
+
+def test_weights_sum_over_several_programs(monkeypatch, device):
+    module = importlib.import_module("pantheraml.kernels.qk_norm_rotary")
+    monkeypatch.setattr(module, "persistent_programs", lambda *_: 7)
+    assert_matches(*both(), inputs_of(2, 5, 3, 7, 16, 8), dtype=torch.float32, device=device, grad=GRAD)
 
 
 def test_positions_and_sections(device):

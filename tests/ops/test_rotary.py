@@ -1,7 +1,7 @@
 """Rotary embedding against float64 truth.
 
-Head widths: 2 (smallest), 6 and 34 (half no power of two), 64, 80 with 32 turned (Phi), 128. Heads: one, three, more
-than a program's tile, and fewer for k than for q.
+Head widths: 2 (smallest), 6 and 34 (half no power of two), 64, 80 with 32 turned (Phi), 128, 512. Heads: one, three,
+more than a program takes at a time, and fewer for k than for q.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
 from pantheraml.kernels import rotary
 from pantheraml.kernels.reference.rotary import rotary as reference
+from pantheraml.kernels.rotary import MAX_BLOCKS, token_settings
+from pantheraml.kernels.utils import LANES, MAX_THREADS
 
 from .support import DTYPES, assert_matches, random
 
@@ -26,6 +28,7 @@ SHAPES = {
     "half-17": (2, 5, 5, 3, 34, 34),
     "many-heads": (1, 33, 11, 2, 64, 64),
     "gqa-128": (2, 4, 1, 3, 128, 128),
+    "blocks-of-q-and-k": (1, 9, 5, 2, 512, 512),
 }
 
 
@@ -180,6 +183,17 @@ class TestInPlace:
             rotary(gaps, gaps, cos, cos, inplace=True)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (8, 4), (24, 1), (64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("pairs", [1, 16, 64, 128, 512, 4096])
+def test_a_program_takes_all_heads_in_few_blocks(pairs, heads):
+    settings = token_settings(*heads, pairs)
+    assert settings.heads * settings.q_blocks >= heads[0]
+    assert settings.heads * settings.k_blocks >= heads[1]
+    threads = settings.num_warps * LANES
+    assert threads <= MAX_THREADS
+    assert settings.q_blocks + settings.k_blocks <= MAX_BLOCKS + 1 or threads == MAX_THREADS
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 1, 3, 8, 8), (2, 2, 1, 0, 8, 8)], ids=["no-batch", "no-tokens"])
 def test_empty(shape, device):
     inputs = {name: t.float().to(device) for name, t in inputs_of(*shape).items()}
@@ -223,12 +237,14 @@ def test_real_sizes(layout, dtype, gpu):
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements(gpu):
-    length = 2**31 // 4096 + 3
-    q = torch.randn(1, length, 32, 128, device=gpu, dtype=torch.bfloat16)
+@HEAD_AXIS
+def test_more_than_two_to_the_31_elements(head_axis, gpu):
+    length = 2**31 // (31 * 128) + 3  # the last head alone lies beyond
+    shape = (1, 32, length, 128) if head_axis == 1 else (1, length, 32, 128)
+    q = torch.randn(shape, device=gpu, dtype=torch.bfloat16)
     angle = torch.randn(length, 128, device=gpu)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
-    tail = [t[-4:] for t in (cos, sin)]
-    expected, _ = reference(q[:, -4:], q[:, -4:, :1], *tail, head_axis=2)
-    turned, _ = rotary(q, q[:, :, :1], cos, sin, head_axis=2, inplace=False, backend="triton")
-    torch.testing.assert_close(turned[:, -4:], expected, rtol=2e-2, atol=2e-2)
+    last = q.narrow(3 - head_axis, length - 4, 4)
+    expected, _ = reference(last, last.narrow(head_axis, 0, 1), cos[-4:], sin[-4:], head_axis=head_axis)
+    turned, _ = rotary(q, q.narrow(head_axis, 0, 1), cos, sin, head_axis=head_axis, inplace=False, backend="triton")
+    torch.testing.assert_close(turned.narrow(3 - head_axis, length - 4, 4), expected, rtol=2e-2, atol=2e-2)
