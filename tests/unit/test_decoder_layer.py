@@ -86,17 +86,27 @@ def test_every_level_has_the_gradients_of_stock(family, trained, calls, monkeypa
         assert len(calls) == layers, level
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "glm", "phi3"])
-def test_the_kernels_launchers_are_called_rightly(family, monkeypatch):
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gemma3_text", "glm", "phi3"])
+def test_the_kernels_launchers_are_called_rightly(family, trained, monkeypatch):
     from pantheraml.kernels import _triton
 
     if not _triton.interpreted():
         pytest.skip("runs in Triton's interpreter, see tests/ops")
     monkeypatch.setattr(pieces, "resolve", lambda *args: "triton")
-    model = with_lora(make_tiny(family, **WHOLE[family])).train()
+    joint = []
+    original = pieces.qk_norm_rotary_launch
+    monkeypatch.setattr(
+        pieces, "qk_norm_rotary_launch", lambda *args, **options: joint.append(args) or original(*args, **options)
+    )
+    model = make_tiny(family, **FAMILIES.get(family, WHOLE.get(family)))
+    model = (with_lora(model) if trained == "lora" else model).train()
     stock, truth = step(copy.deepcopy(model)), truth_of(model)
     for level in (None, Level(Keep.INPUT)):
         assert_near_truth(step(adapted(model, level)[0]), stock, truth)
+    # Norms of heads and the rotation are one kernel: twice each way in two layers, and once more where they are
+    # computed again.
+    assert len(joint) == (10 if family in ("qwen3", "gemma3_text") else 0)
 
 
 @pytest.mark.parametrize("level", [None, Level(Keep.INPUT)], ids=str)

@@ -81,6 +81,28 @@ def test_attention_equals_stock(family, part_by_part):
     assert all(torch.equal(grad, stock[1][name]) for name, grad in again[1].items())
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_moe", "olmo2", "llama"])
+def test_norms_of_heads_and_the_rotation_are_one_op_where_a_kernel_makes_both(family, part_by_part, monkeypatch):
+    calls = []
+    resolve, op = attention.kernels.resolve, attention.kernels.qk_norm_rotary
+    monkeypatch.setattr(
+        attention.kernels, "resolve", lambda name, *a: "triton" if name == "qk_norm_rotary" else resolve(name, *a)
+    )
+    monkeypatch.setattr(attention.kernels, "qk_norm_rotary", lambda *a, **k: calls.append(a) or op(*a, **k))
+    model = make_tiny(family, **FAMILIES[family])
+    stock, truth = step(copy.deepcopy(model)), truth_of(model)
+    adapt(model)
+    assert_near_truth(step(model), stock, truth)
+    assert len(calls) == (2 if family in ("qwen3", "gemma3_text", "qwen3_moe") else 0)
+    if calls:
+        # What somebody hooked is called by itself.
+        seen = []
+        model.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *args: seen.append(args))
+        calls.clear()
+        assert_near_truth(step(model), stock, truth)
+        assert len(calls) == len(seen) == 1
+
+
 def test_generation_with_a_cache_equals_stock():
     model = make_tiny("llama").eval()
     stock = model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False)

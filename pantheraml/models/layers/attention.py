@@ -20,10 +20,11 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ... import kernels
-from ..probe import FOREIGN_ERRORS, Formula, choose, copy_child, stand_in
-from ..roles import QKV, base_layer, is_linear, linear_children, qkv_children
+from ..probe import FOREIGN_ERRORS, Formula, choose, copy_child, regime_of, stand_in
+from ..roles import QKV, base_layer, is_linear, linear_children, plain_tensor, qkv_children
 from .lora import compute_dtype, projection_of
-from .slots import Swap, plan_of, stock_forward
+from .norm import NormPlan
+from .slots import Swap, is_installed, plan_of, stock_forward, unhooked
 from .step import is_bound_by_host, is_step
 
 # Norms of queries and keys, as the families call them.
@@ -108,11 +109,31 @@ class AttentionPlan:
         if self.norms is not None and not self.norm_heads:
             q, k = children[self.norms[0]](q), children[self.norms[1]](k)  # type: ignore[misc]
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
+        arrange = self.rotation.arrange
+        joint = self._joint_norms(children, q)
+        if joint is not None:
+            turned = {"layout": self.rotation.layout, "head_axis": 2, "eps": joint.eps, "offset": joint.offset}
+            weights = [children[name]._parameters["weight"] for name in self.norms or ()]  # type: ignore[union-attr]
+            q, k = kernels.qk_norm_rotary(q, k, *weights, arrange(cos), arrange(sin), **turned)  # type: ignore[arg-type]
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.norms is not None and self.norm_heads:
             q, k = children[self.norms[0]](q), children[self.norms[1]](k)  # type: ignore[misc]
-        arrange = self.rotation.arrange
         q, k = kernels.rotary(q, k, arrange(cos), arrange(sin), layout=self.rotation.layout, head_axis=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _joint_norms(self, children: Any, q: torch.Tensor) -> NormPlan | None:
+        """What the norms of single heads compute, where one kernel makes both and the rotation after them."""
+        if self.norms is None or not self.norm_heads or kernels.resolve("qk_norm_rotary", q) != "triton":
+            return None
+        found = [children[name] for name in self.norms]
+        first, second = (plan_of(norm) if is_installed(norm) and unhooked(norm) else None for norm in found)
+        if not (isinstance(first, NormPlan) and isinstance(second, NormPlan)) or first.op != "rms_norm":
+            return None
+        weights = [norm._parameters.get("weight") for norm in found]
+        if (first.op, first.eps, first.offset) != (second.op, second.eps, second.offset):
+            return None
+        known = all(w is not None and plain_tensor(w) and regime_of(q, w) in first.regimes for w in weights)
+        return first if known and all(w.dtype == q.dtype for w in weights if w is not None) else None
 
     def keywords(self, module: nn.Module) -> dict[str, Any]:
         """Keyword arguments that the module itself gives to the attention function."""

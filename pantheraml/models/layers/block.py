@@ -39,7 +39,7 @@ from ...kernels.projections import (
 from ...parallel.context import ContextGroup
 from .attended import Attended, Lying, Memories, attend, lying
 from .levels import Host, Keep, Level, Offload
-from .pieces import Norm, Turn, activate, activate_backward
+from .pieces import Norm, NormedTurn, Turn, activate, activate_backward
 
 # Rows of one pass through an MLP: 2 x 14,336 columns of gate and up are 0.5 GB of them in bfloat16. With twice as many
 # products are not faster on an H100, and the allocator loses more between the pieces and what is smaller.
@@ -199,12 +199,17 @@ class _Layer:
         else:
             groups, self.joined = _working(groups, h.dtype)
         self.qkv, self.o, self.lift, self.down = groups
+        self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
 
     def _norm(self, which: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         norm = self.spec.norms[which]
         return (x, None) if norm is None else norm.forward(x, self.norm_parameters[id(norm)])
+
+    def _head_parameters(self) -> list[Sequence[torch.Tensor]]:
+        assert self.spec.head_norms is not None
+        return [self.norm_parameters[id(norm)] for norm in self.spec.head_norms]
 
     def queries(self, state: _State, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k, v [B, heads, T, D] of the residual h, as ``attend`` takes them."""
@@ -213,13 +218,17 @@ class _Layer:
         outputs, state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
         q, k, v = outputs if spec.widths is None else outputs[0].split(spec.widths, -1)
         heads = (self.batch, self.length, -1, spec.head_dim)
-        if spec.head_norms is not None:
+        if self.normed_turn is not None:
+            state.unnormed = q.view(heads), k.view(heads)
+            q, k = self.normed_turn(*state.unnormed, self._head_parameters())
+        elif spec.head_norms is not None:
             shape = heads if spec.norm_heads else (self.batch, self.length, -1)
             state.unnormed = q.view(shape), k.view(shape)
             normed = [n.forward(x, self.norm_parameters[id(n)]) for n, x in zip(spec.head_norms, state.unnormed)]
             (q, first), (k, second) = normed
             state.head_rstd = first, second
-        q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
+        if self.normed_turn is None:
+            q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
         q, k, v = (x.view(heads).transpose(1, 2) for x in (q, k, v))
         self.kv_heads = k.shape[1]
         return (q, k, v) if spec.over is None else spec.over.to_heads(q, k, v)
@@ -485,12 +494,7 @@ class _Layer:
         dq, dk, dv = (x.transpose(1, 2) for x in found)
         state.attended = None
         del attended, flat, d_attended, found
-        dq, dk = spec.turn(dq, dk, backward=True)
-        if spec.head_norms is not None:
-            dq, dk = (
-                self._head_norm_backward(*args)
-                for args in zip(spec.head_norms, (dq, dk), state.unnormed, state.head_rstd)
-            )
+        dq, dk = self._heads_backward(state, dq, dk)
         grads = [x.reshape(rows, -1) for x in (dq, dk, dv)]
         if spec.widths is not None:
             grads = [torch.cat(grads, -1)]
@@ -499,6 +503,22 @@ class _Layer:
         )
         assert dx is not None
         return self._norm_backward(0, dx, h, state.rstd, residual, need_h), [*grads_qkv, *grads_o]
+
+    def _heads_backward(self, state: _State, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the rotation and the norms of heads, from [B, T, heads, D]."""
+        norms = self.spec.head_norms
+        if norms is not None and self.normed_turn is not None:
+            needs = [self.norm_needs[id(norm)] for norm in norms]
+            q, k = state.unnormed
+            dq, dk, both = self.normed_turn.backward((dq, dk), q, k, self._head_parameters(), needs)
+            for norm, grads in zip(norms, both):
+                self._collect(norm, grads)
+            return dq, dk
+        dq, dk = self.spec.turn(dq, dk, backward=True)
+        if norms is None:
+            return dq, dk
+        dq, dk = (self._head_norm_backward(*args) for args in zip(norms, (dq, dk), state.unnormed, state.head_rstd))
+        return dq, dk
 
     def _head_norm_backward(
         self, norm: Norm, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor | None

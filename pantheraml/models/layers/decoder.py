@@ -28,7 +28,7 @@ from .levels import Keep, Level
 from .lora import compute_dtype, projection_of, untouched
 from .mlp import GluPlan
 from .pieces import Norm, Turn
-from .slots import Swap, is_installed, plan_of, stock_forward, swap_of
+from .slots import Swap, is_installed, plan_of, stock_forward, swap_of, unhooked
 
 WIDTH = 6
 TOLERANCE = 1e-12
@@ -214,10 +214,7 @@ class _Parts:
 
 
 def _quiet(module: Any) -> bool:
-    d = module.__dict__
-    return not (
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-    ) and (is_installed(module) if swap_of(module) is not None else untouched(module))
+    return unhooked(module) and (is_installed(module) if swap_of(module) is not None else untouched(module))
 
 
 _PARTS = "_pantheraml_parts"

@@ -22,7 +22,7 @@ from ...kernels.grouped_gemm import Stack
 from ..probe import FOREIGN_ERRORS, copy_child, stand_in
 from ..roles import is_parameter_lora, looks_like_experts, plain_tensor
 from .lora import compute_dtype, untouched
-from .slots import Swap, is_installed, plan_of, stock_forward, swap_of
+from .slots import Swap, is_installed, plan_of, stock_forward, swap_of, unhooked
 
 # The implementations of transformers that stand for "whatever is fastest"; another one was asked for by name.
 _DEFAULTS = ("grouped_mm", None)
@@ -256,7 +256,7 @@ def _adapters(wrapper: Any) -> tuple[Any, dict[str, list[_Adapter]] | None]:
     module = wrapper
     while is_parameter_lora(module):
         own = module is wrapper
-        if module.disable_adapters or module.merged or not (own or (is_installed(module) and not _hooked(module))):
+        if module.disable_adapters or module.merged or not (own or (is_installed(module) and unhooked(module))):
             return None, None
         adapters = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
         if any(adapter is None for adapter in adapters):
@@ -264,7 +264,7 @@ def _adapters(wrapper: Any) -> tuple[Any, dict[str, list[_Adapter]] | None]:
         found[module.parameter_name] = adapters  # type: ignore[assignment]
         module = module.base_layer
     swap = swap_of(module)
-    if swap is None or not isinstance(swap.plan, ExpertsPlan) or not is_installed(module) or _hooked(module):
+    if swap is None or not isinstance(swap.plan, ExpertsPlan) or not is_installed(module) or not unhooked(module):
         return None, None
     # PEFT has two layouts of a stack, told by its class; they have to be those of the plan.
     wrappers = _wrappers(wrapper)
@@ -279,12 +279,6 @@ def _wrappers(module: Any) -> Iterator[Any]:
     while is_parameter_lora(module):
         yield module
         module = module.base_layer
-
-
-def _hooked(module: Any) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _factors(module: Any, name: str) -> _Adapter | None:

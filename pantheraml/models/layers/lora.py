@@ -18,7 +18,7 @@ from ...kernels.projections import Adapter, Projection
 from ...kernels.reference.nf4 import Quantized4Bit
 from ..roles import is_lora, plain_tensor
 from .fp8 import Fp8Linear
-from .slots import Swap, stock_forward
+from .slots import Swap, stock_forward, unhooked
 from .step import is_step, known, project
 
 _PACKED = "_pantheraml_quantized"
@@ -34,13 +34,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def untouched(layer: nn.Module) -> bool:
     """Whether calling a layer does nothing but its class's forward."""
-    return not (
-        "forward" in layer.__dict__
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
+    return "forward" not in layer.__dict__ and unhooked(layer)
 
 
 def base_weight(
@@ -84,7 +78,7 @@ def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) 
     if not is_lora(module):
         return _plain(module, x, trained=trained)
     layer: Any = module
-    if layer.disable_adapters or layer.merged or not _untouched_lora(layer):
+    if layer.disable_adapters or layer.merged or not unhooked(layer):
         return None
     weight = base_weight(layer.base_layer, trained=trained)
     if weight is None:
@@ -107,11 +101,6 @@ def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) 
             return None
         adapters.append(Adapter(A.weight, B.weight, float(layer.scaling[name])))
     return Projection(weight, tuple(adapters), layer.base_layer.bias) if adapters else None
-
-
-def _untouched_lora(layer: nn.Module) -> bool:
-    # The layer's own instance forward is the swap below.
-    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection | None:
@@ -152,7 +141,7 @@ def _known_projection(layer: Any, x: torch.Tensor) -> Projection | None:
         return projection_of(layer, x)
     # Adapters may be switched off for a single step, such as to compare with the base model.
     names = tuple(layer.active_adapters)
-    told = compute_dtype(x), layer.disable_adapters, layer.merged, names, _untouched_lora(layer)
+    told = compute_dtype(x), layer.disable_adapters, layer.merged, names, unhooked(layer)
     before = kept.projections.get(id(layer))
     if before is not None and before[1] == told:
         return before[2]

@@ -16,8 +16,9 @@ from torch import nn
 from ... import kernels
 from ...kernels.dispatch import resolve
 from ...kernels.glu import GluSpec, glu_backward, glu_forward
+from ...kernels.qk_norm_rotary import Norms, qk_norm_rotary_launch
 from ...kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from ...kernels.rotary import make_angles, rotary_launch
+from ...kernels.rotary import Angles, make_angles, rotary_launch
 from .norm import NormPlan
 from .slots import swap_of
 
@@ -158,3 +159,59 @@ class Turn:
         assert dq is not None
         assert dk is not None
         return dq, dk
+
+
+@dataclass(frozen=True, slots=True)
+class NormedTurn:
+    """Norms of single heads of queries and keys with the rotation after them, by one kernel each way.
+
+    Attributes:
+        norms: Of queries and of keys.
+        turn: The rotation.
+    """
+
+    norms: tuple[Norm, Norm]
+    turn: Turn
+
+    @classmethod
+    def of(cls, norms: tuple[Norm, Norm] | None, turn: Turn, x: torch.Tensor) -> NormedTurn | None:
+        """The two in one, None where no kernel makes them of tensors such as ``x``."""
+        if norms is None or resolve("qk_norm_rotary", x) != "triton":
+            return None
+        plans = [norm.plan for norm in norms]
+        weights = [norm.module._parameters.get("weight") for norm in norms]
+        if any(plan is None or plan.op != "rms_norm" for plan in plans) or any(weight is None for weight in weights):
+            return None
+        alike = {(plan.eps, plan.offset) for plan in plans if plan is not None}
+        return cls(norms, turn) if len(alike) == 1 else None
+
+    def _options(
+        self, q: torch.Tensor, k: torch.Tensor, parameters: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[Norms, Angles]:
+        plan = self.norms[0].plan
+        assert plan is not None
+        angles = make_angles(q, k, self.turn.cos, self.turn.sin, layout=self.turn.layout, head_axis=2)
+        return Norms(parameters[0][0], parameters[1][0], plan.offset, plan.eps), angles
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, parameters: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm and turn q and k [B, T, heads, D]; ``parameters`` are those of the two norms."""
+        q, k, _ = qk_norm_rotary_launch(q, k, *self._options(q, k, parameters))
+        return q, k
+
+    def backward(
+        self,
+        upstream: tuple[torch.Tensor, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        parameters: Sequence[Sequence[torch.Tensor]],
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor | None]]]:
+        """Gradients of q and k, which are as they came, and of the parameters of each norm."""
+        trained = [bool(need and need[0]) for need in needs]
+        dq, dk, sums = qk_norm_rotary_launch(q, k, *self._options(q, k, parameters), upstream, weight_grad=any(trained))
+        grads: list[list[torch.Tensor | None]] = [
+            [sums[i].to(own[0].dtype) if sums is not None and trained[i] else None] for i, own in enumerate(parameters)
+        ]
+        return dq, dk, grads

@@ -70,6 +70,12 @@ def is_installed(module: nn.Module) -> bool:
     return any(_is_ours(module.__dict__.get(slot), module) for slot in ("forward", _HOOKED))
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling a module calls its forward alone."""
+    d = module.__dict__
+    return not (d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
+
+
 def foreign_forward(module: nn.Module) -> Callable[..., Any] | None:
     """Return the forward that another library put into the instance, looking below accelerate's hooks; None without."""
     method = module.__dict__.get(_slot(module))
