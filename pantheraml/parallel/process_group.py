@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _BACKENDS = {"cuda": "nccl", "hip": "nccl", "xpu": "xccl"}
 # Long work of one rank (tokenising, downloading) is waited for this long; a rank that died ends the launch sooner.
 PATIENCE = datetime.timedelta(days=7)
+_LOOK = datetime.timedelta(seconds=2)
 _meetings = itertools.count()
 # Of a group of Gloo's, which take the exchanges from one queue.
 _GLOO_THREADS = 2
@@ -224,7 +226,8 @@ def _adopt(config: MultiGPUConfig) -> None:
         )
     if config.timeout_minutes != DEFAULT_TIMEOUT_MINUTES:
         # Not public, and the only way to change it; torch's own device meshes do the same.
-        distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=config.timeout_minutes), None)
+        for group in (None, *_host_groups.values()):
+            distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=config.timeout_minutes), group)
 
 
 def barrier() -> None:
@@ -238,6 +241,9 @@ def meet(*, patience: datetime.timedelta = PATIENCE) -> None:
 
     A barrier is a collective and ends with the group's timeout, which is for hangs. This one only looks at the ranks'
     common store, so that work whose length nobody knows (tokenising, downloading) can come before it.
+
+    Raises:
+        CommunicationError: a rank failed meanwhile.
     """
     if not is_grouped() or dist.get_world_size() == 1:
         return
@@ -246,7 +252,7 @@ def meet(*, patience: datetime.timedelta = PATIENCE) -> None:
     key = f"pantheraml/meeting/{number}"
     if store.add(key, 1) == dist.get_world_size():
         store.set(f"{key}/open", b"1")
-    store.wait([f"{key}/open"], patience)
+    _wait(f"{key}/open", patience)
 
 
 @contextlib.contextmanager
@@ -254,6 +260,9 @@ def main_process_first() -> Iterator[None]:
     """Run a block on the main process, then on the others, however long it takes.
 
     What the main process leaves in a cache the others find there, and no two write to it at a time.
+
+    Raises:
+        CommunicationError: a rank failed meanwhile.
     """
     if not is_grouped() or dist.get_world_size() == 1:
         yield
@@ -263,9 +272,33 @@ def main_process_first() -> Iterator[None]:
         yield
         _store().set(key, b"1")
     else:
-        _store().wait([key], PATIENCE)
+        _wait(key, PATIENCE)
         yield
     meet()
+
+
+def _wait(key: str, patience: datetime.timedelta) -> None:
+    """Wait for a key of the store, and look now and then whether it can still come."""
+    end = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            _store().wait([key], min(_LOOK, datetime.timedelta(seconds=max(0.001, end - time.monotonic()))))
+            return
+        except dist.DistNetworkError as error:
+            raise _left_alone("the main process has gone") from error
+        except dist.DistStoreError:
+            if some_rank_failed():
+                raise _left_alone("another rank failed") from None
+            if time.monotonic() >= end:
+                raise
+
+
+def _left_alone(what: str) -> CommunicationError:
+    return CommunicationError(
+        f"{what} while this one waited for it",
+        where=f"rank {get_rank()} of {dist.get_world_size()}",
+        hint="its own message, in the log of the launch, says why",
+    )
 
 
 def _store() -> Any:
@@ -375,21 +408,31 @@ def leave_at_exit() -> None:
 
 
 def fail() -> None:
-    """Note that this process ends with an error, so that it does not wait for the other ranks as it ends."""
-    _Ending.failed = True
-    if is_grouped() and dist.get_world_size() > 1:
-        with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
-            _store().set(_failure_key(), b"1")
+    """Note that this process ends with an error, so that it does not wait for the other ranks, nor they for it."""
+    if not _Ending.failed:
+        _Ending.failed = True
+        _count_failures(1)
+
+
+def go_on() -> None:
+    """Take ``fail`` back: the error was caught, and this process begins something new."""
+    if _Ending.failed:
+        _Ending.failed = False
+        _count_failures(-1)
 
 
 def some_rank_failed() -> bool:
-    """Whether a rank has called ``fail``; may be asked from any thread."""
+    """Whether a rank has called ``fail`` and did not go on; may be asked from any thread."""
+    return _count_failures(0) > 0
+
+
+def _count_failures(more: int) -> int:
     if not is_grouped() or dist.get_world_size() == 1:
-        return False
+        return 0
     try:
-        return _store().check([_failure_key()])
-    except (dist.DistStoreError, dist.DistNetworkError):
-        return True
+        return _store().add(_failure_key(), more)
+    except (dist.DistStoreError, dist.DistNetworkError):  # the host of the store is gone
+        return 1
 
 
 def _failure_key() -> str:
@@ -401,9 +444,14 @@ def _leave() -> None:
     if _Ending.failed or hasattr(sys, "last_value"):
         return
     # The main process may still be saving; the host of the store may be gone first when nobody is.
-    with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
+    try:
         meet()
         _settle()
+    except CommunicationError as error:
+        if not isinstance(error.__cause__, dist.DistNetworkError):
+            return
+    except (dist.DistStoreError, dist.DistNetworkError):
+        pass
     cleanup_distributed_training()
 
 

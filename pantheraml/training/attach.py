@@ -30,7 +30,7 @@ from ..models.checkpointing import inner_model
 from ..models.fused_head import install_fused_head
 from ..models.methods import attach_methods
 from ..models.record import ModelRecord, record_of
-from ..parallel.process_group import fail
+from ..parallel.process_group import fail, go_on
 from . import (
     context_parallel,
     evaluation,
@@ -74,7 +74,7 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
     record = record_of(model)
     assert record is not None
     explicit = explicit_names(args)
-    with env.as_it_was(*sharded.VARIABLES):
+    with _told_to_other_ranks(), env.as_it_was(*sharded.VARIABLES):
         if record.multi_gpu_config is not None and not hasattr(trainer, "multi_gpu_config"):
             ranks.apply_config(args, record.multi_gpu_config)
         ranks.settle(args, model, explicit)
@@ -89,6 +89,17 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
         if _is_quantized(model):
             _restore_weights(trainer.model, weights)
         after_init(trainer, record, explicit)
+
+
+@contextlib.contextmanager
+def _told_to_other_ranks() -> Iterator[None]:
+    """Let ranks that wait for this one, to prepare the data or in a collective, hear of an error inside."""
+    go_on()
+    try:
+        yield
+    except BaseException:
+        fail()
+        raise
 
 
 def before_init(
@@ -176,9 +187,10 @@ def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> N
     mode = vars(trainer).pop("_pantheraml_checkpointing", None)
 
     def before() -> None:
-        rows.check_labels(trainer.train_dataset)
-        ranks.before_training(trainer)
-        sharded.apply(trainer)
+        with _told_to_other_ranks():
+            rows.check_labels(trainer.train_dataset)
+            ranks.before_training(trainer)
+            sharded.apply(trainer)
 
     def after(error: BaseException | None) -> None:
         if preemption is not None:

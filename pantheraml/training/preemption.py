@@ -4,7 +4,8 @@ Schedulers announce with SIGTERM that they take a machine away. The ranks tell o
 exchange before every optimizer step anyway, so that nothing is sent for it and none is a step ahead.
 
 torchrun sends the same signal to the other ranks when one has failed. They wait for it inside a collective then, where
-no Python handler runs; a thread hears of the signal and ends the process at once.
+no Python handler runs; a thread hears of the signal and ends the process at once. Other launchers may leave them
+waiting: so the thread asks now and then too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from .guards import NonFiniteGuard
 
 # What a shell reports of a process that SIGTERM ended.
 EXIT_CODE = 128 + signal.SIGTERM
+FAILED = 1
 # How long after the signal a failure of another rank is looked for; torchrun kills after 30 s.
 _GRACE_S = 25.0
 _INTERVAL_S = 0.2
+# How often it is looked for without a signal.
+_LOOK_S = 5.0
 
 
 class Preemption(TrainerCallback):
@@ -79,6 +83,8 @@ class Preemption(TrainerCallback):
             SystemExit: training stopped for a signal.
         """
         if self.stopped is None:
+            if self._guard.stop_asked:
+                log.warning("SIGTERM came after the last step: training is over, and the script goes on while it may")
             return
         log.info(
             f"stopped by SIGTERM after step {self.stopped}; {args.output_dir}/checkpoint-{self.stopped} goes on with "
@@ -90,11 +96,29 @@ class Preemption(TrainerCallback):
         self._guard.stop_asked = True
 
     def _watch(self, end: socket.socket) -> None:
-        """In a thread: end the process when it is signalled because another rank has failed."""
+        """In a thread: end the process when another rank has failed, at once if it is signalled."""
         with end:
-            while numbers := end.recv(64):
+            end.settimeout(_LOOK_S)
+            while numbers := self._heard(end):
                 deadline = time.monotonic() + _GRACE_S
                 while signal.SIGTERM in numbers and self._ends is not None and time.monotonic() < deadline:
                     if some_rank_failed():
                         os._exit(EXIT_CODE)
                     time.sleep(_INTERVAL_S)
+
+    def _heard(self, end: socket.socket) -> bytes:
+        """The numbers of signals, or nothing when this shall end."""
+        failed_since: float | None = None
+        while True:
+            try:
+                return end.recv(64)
+            except TimeoutError:
+                if self._ends is None or not some_rank_failed():
+                    failed_since = None
+                    continue
+            now = time.monotonic()
+            failed_since = failed_since or now
+            if now - failed_since >= _GRACE_S:
+                # What waits for it raises at best when the collectives' time is over.
+                log.get_logger().error("another rank has failed, and this one, which waits for it, ends too")
+                os._exit(FAILED)
