@@ -15,13 +15,20 @@ import torch
 
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
-from .utils import LANES, MAX_THREADS, SHORT_TILE, cdiv, next_power_of_2, persistent_programs, require_width
+from .utils import (
+    ELEMENTS_PER_WARP,
+    LANES,
+    MAX_THREADS,
+    SHORT_TILE,
+    cdiv,
+    next_power_of_2,
+    persistent_programs,
+    require_width,
+)
 
 # Elements of a row that a thread holds at most, unless it takes all threads of a program: three loads of 16 bytes of a
 # 2-byte dtype. As float32, with the accumulators of one or two parameters, they fit into 255 registers.
 ELEMENTS_PER_THREAD = 24
-# Columns that a warp of 32 lanes loads in 16 bytes a lane of a 2-byte dtype: no piece of a longer row is narrower.
-NARROWEST = 256
 # Elements that a multiprocessor's programs hold together at least, while they sum. Many more would not fit into its
 # 65,536 registers at once, and each program adds a row of partial sums.
 RESIDENT_ELEMENTS = 6144
@@ -86,32 +93,25 @@ class Pieces(NamedTuple):
 
 @functools.cache
 def row_pieces(width: int, *, where: str = "a row-wise kernel", lanes: int = LANES) -> Pieces:
-    """Pieces, rows and warps for rows of ``width`` elements; short rows share a program.
+    """Pieces, rows and warps for rows of ``width`` elements; short rows share a program, each in one piece.
 
     Raises:
         UnsupportedError: the row does not fit into the registers of one program.
     """
     require_width(width, where)
+    whole = next_power_of_2(width)
+    rows = max(SHORT_TILE // whole, 1)
+    if rows > 1:
+        warps = max(whole * rows // ELEMENTS_PER_WARP, 1)
+        return Pieces(1, 0, whole, rows, warps, (whole == width, whole == width))
     threads = min(next_power_of_2(cdiv(width, ELEMENTS_PER_THREAD)), MAX_THREADS)
-    columns = min(max(8 * threads, NARROWEST), next_power_of_2(width))
-    count = max(cdiv(width, columns), 1)
+    columns = 8 * threads
+    count = cdiv(width, columns)
     n = 1 << (count.bit_length() - 1)
     m = next_power_of_2(count - n) if count > n else 0
     if m == n:
         n, m = 2 * n, 0
-    held = (n + m) * columns
-    rows = 1
-    while 2 * rows * held <= SHORT_TILE:
-        rows *= 2
-    warps = cdiv(rows * columns, (8 if n > 1 else 16) * lanes)
-    return Pieces(
-        n,
-        m,
-        columns,
-        rows,
-        min(warps, MAX_THREADS // lanes),
-        (n * columns <= width, held <= width),
-    )
+    return Pieces(n, m, columns, 1, threads // lanes, (n * columns <= width, (n + m) * columns <= width))
 
 
 @jit

@@ -501,7 +501,7 @@ def variants() -> Iterator[Variant]:
             )
             for form, width, arguments, constants in (
                 ("frozen", 2560, {}, {"dweight": None, "dbias": None}),
-                ("bias", 2304, {"dbias": "*fp32"}, {"dweight": None}),
+                ("bias", 128, {"dbias": "*fp32"}, {"dweight": None}),
                 ("trained", 8192, {"dweight": "*fp32", "dbias": "*fp32"}, {}),
             ):
                 pieces = row_pieces(width, lanes=lanes)
