@@ -123,6 +123,7 @@ GRADIENT_TOLERANCE = 3e-5
 MUST_BE_ACCELERATED = {
     "llama": {"norm", "glu", "head"},
     "mistral": {"norm", "glu", "head"},
+    "ministral3": {"norm", "glu", "attention", "head"},
     "qwen2": {"norm", "glu", "head"},
     "qwen3": {"norm", "glu", "head"},
     "gemma": {"norm", "glu", "head"},

@@ -21,7 +21,7 @@ from pantheraml.models.layers.levels import Host, Keep, Level
 from pantheraml.models.layers.slots import plan_of, swap_of
 
 # Llama; sandwich norms, windows, soft caps; norms of heads; of all heads, none before; parallel; scaled; packed; bias;
-# queries, keys and values packed too.
+# queries, keys and values packed too; queries scaled by position.
 WHOLE = {
     "llama": {},
     "gemma2": FAMILIES["gemma2"],
@@ -32,6 +32,7 @@ WHOLE = {
     "glm": FAMILIES["glm"],
     "qwen2": {},
     "phi3": FAMILIES.get("phi3", {}),
+    "ministral3": FAMILIES["ministral3"],
 }
 LEVELS = [None, *reversed(levels.LEVELS)]
 

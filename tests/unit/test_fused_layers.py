@@ -30,10 +30,18 @@ FAMILIES = {
     "olmo2": {},
     "cohere": {},
     "glm": HEADS,
+    # Queries are scaled by how far a token is into its row: here from the fourth on.
+    "ministral3": {
+        **HEADS,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.3, "max_position_embeddings": 16,
+        },
+    },
     "stablelm": {},
     "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "qwen3_moe": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-}
+}  # fmt: skip
 
 
 def step(model):

@@ -34,6 +34,8 @@ HIDDEN = 24
 TOKENS = 5
 _PROBE = "pantheraml_probe"
 _NAMED = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+# Some take these by name too, for what depends on how far a token is into its row.
+POSITION_IDS = "position_ids"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,33 @@ ROTATIONS = (
 
 
 @dataclass(frozen=True)
+class QueryScale:
+    """A factor of queries that grows with their position: ``1 + beta * log(1 + floor(position / length))``.
+
+    Attributes:
+        beta: As in the formula.
+        length: As in the formula.
+    """
+
+    beta: float
+    length: int
+
+    @classmethod
+    def of(cls, module: Any) -> QueryScale | None:
+        """What a module's configuration says, as Llama 4's and Ministral 3's do."""
+        parameters = getattr(module.config, "rope_parameters", None)
+        if not isinstance(parameters, dict):
+            return None
+        beta, length = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")
+        return None if beta is None or not length else cls(float(beta), int(length))
+
+    def factor(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B or 1, 1, T, 1] for position ids [B or 1, T]."""
+        factor = 1 + self.beta * torch.log(1 + torch.floor(position_ids / self.length))
+        return factor[:, None, :, None].to(dtype)
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """How a module prepares queries and keys, and what it tells the attention function.
 
@@ -83,6 +112,7 @@ class AttentionPlan:
             at each call.
         evaluation: The same in evaluation.
         forwards_keywords: Whether keyword arguments of the module reach the attention function.
+        query_scale: What turned queries are multiplied by, or None.
     """
 
     head_dim: int
@@ -95,11 +125,25 @@ class AttentionPlan:
     training: tuple[tuple[str, Any], ...] = ()
     evaluation: tuple[tuple[str, Any], ...] = ()
     forwards_keywords: bool = True
+    query_scale: QueryScale | None = None
 
     def queries_keys_values(
-        self, module: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        module: nn.Module,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Project ``x`` [B, T, H] and rotate; each result is [B, heads, T, head_dim]."""
+        q, k, v = self._turned(module, x, cos, sin)
+        if self.query_scale is not None and position_ids is not None:
+            q = q * self.query_scale.factor(position_ids, q.dtype)
+        return q, k, v
+
+    def _turned(
+        self, module: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         children = module._modules
         heads = (*x.shape[:-1], -1, self.head_dim)
         if self.widths is None:
@@ -177,11 +221,13 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         or not isinstance(x, torch.Tensor)
         or not isinstance(positions, tuple)
         or attend is None
+        or (plan.query_scale is not None and not isinstance(call.get(POSITION_IDS), torch.Tensor))
         # Autocast changes nothing but the projections, unless it leaves them in another dtype than the angles.
         or not compute_dtype(x) == x.dtype == positions[0].dtype
     ):
         return stock_forward(self, *args, **kwargs)
-    q, k, v = plan.queries_keys_values(self, x, *positions)
+    cos, sin = positions
+    q, k, v = plan.queries_keys_values(self, x, cos, sin, call.get(POSITION_IDS))
     cache = call.get("past_key_values")
     if cache is not None:
         k, v = cache.update(k, v, self.layer_idx)
@@ -238,6 +284,14 @@ class _Harness(nn.Module):
             angles = angles.repeat_interleave(2, -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
+    def position_ids(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Far from one another, for a module that has to be given them."""
+        taken = inspect.signature(type(self.module).forward).parameters.get(POSITION_IDS)
+        if taken is None or taken.default is not taken.empty:
+            return {}
+        scale = QueryScale.of(self.module)
+        return {POSITION_IDS: torch.arange(x.shape[1], device="cpu")[None] * (1 if scale is None else scale.length)}
+
     def join(self, call: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         return torch.cat([*(call[name].transpose(1, 2).flatten(2) for name in "qkv"), output], dim=-1)
 
@@ -245,7 +299,11 @@ class _Harness(nn.Module):
         calls: list[dict[str, Any]] = []
         with _probing(calls):
             output, _ = type(self.module).forward(
-                self.module, hidden_states=x, position_embeddings=self.positions(x), attention_mask=None
+                self.module,
+                hidden_states=x,
+                position_embeddings=self.positions(x),
+                attention_mask=None,
+                **self.position_ids(x),
             )
         return self.join(calls[-1], output)
 
@@ -253,7 +311,9 @@ class _Harness(nn.Module):
 def _compute(plan: AttentionPlan) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     def compute(harness: Any, x: torch.Tensor) -> torch.Tensor:
         calls: list[dict[str, Any]] = []
-        q, k, v = plan.queries_keys_values(harness.module, x, *harness.positions(x))
+        position_ids = harness.position_ids(x).get(POSITION_IDS)
+        cos, sin = harness.positions(x)
+        q, k, v = plan.queries_keys_values(harness.module, x, cos, sin, position_ids)
         attended, _ = _note(calls)(harness.module, q, k, v, None)
         return harness.join(calls[-1], _finish(plan, harness.module, x, attended))
 
@@ -302,8 +362,12 @@ def _learn_keywords(harness: Any, *, training: bool) -> tuple[tuple[tuple[str, A
             position_embeddings=harness.positions(x),
             attention_mask=None,
             _pantheraml_keyword=sentinel,
+            **(given := harness.position_ids(x)),
         )
     keywords = dict(calls[-1]["keywords"])
+    if any(keywords.pop(name, None) is not value for name, value in given.items()):
+        # The swapped forward hands on what it is given.
+        return "it keeps its position ids to itself"
     passes = keywords.pop("_pantheraml_keyword", None) is sentinel
     learnt: list[tuple[str, Any]] = []
     for name, value in keywords.items():
@@ -348,8 +412,9 @@ def plan(module: Any) -> Swap | str:
             return _build(module, rotary_dim, rotation, dtype)
 
         plans = [
-            AttentionPlan(module.head_dim, inputs, widths, output, norms, heads, rotation)
+            AttentionPlan(module.head_dim, inputs, widths, output, norms, heads, rotation, query_scale=scale)
             for heads in ((True, False) if norms else (False,))
+            for scale in dict.fromkeys((QueryScale.of(module), None))
         ]
         chosen = choose(build, HIDDEN, [Formula(p, _compute(p)) for p in plans])
         if isinstance(chosen, str):

@@ -22,7 +22,7 @@ from ...parallel.context import ContextGroup
 from ..attention.documents import PACKING, Divided
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
 from ..roles import decoder_children, looks_like_experts, plain_tensor
-from .attention import AttentionPlan, attention_function
+from .attention import POSITION_IDS, AttentionPlan, attention_function
 from .block import Spec, decoder_layer
 from .levels import Keep, Level
 from .lora import compute_dtype, projection_of, untouched
@@ -379,6 +379,12 @@ def _attend(
     # Its randomness could not be repeated, and gradients of tensors among the keywords would be lost.
     if keywords.get("dropout") or any(isinstance(v, torch.Tensor) and v.requires_grad for v in keywords.values()):
         return None, None
+    scale = None
+    if heads.query_scale is not None:
+        position_ids = routed.get(POSITION_IDS)
+        if not isinstance(position_ids, torch.Tensor) or isinstance(mask, Divided):
+            return None, None
+        scale = heads.query_scale.factor(position_ids, call[_HIDDEN].dtype)
     over = None
     if isinstance(mask, Divided):
         # The node exchanges by itself, so that it can keep and recompute what comes of it.
@@ -388,6 +394,7 @@ def _attend(
             return None, None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q = q if scale is None else q * scale
         return function(attention, q, k, v, mask, **keywords)[0]
 
     return attend, over
