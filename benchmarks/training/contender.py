@@ -33,7 +33,7 @@ GIB = 2**30
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 # transformers' names for FSDP2, a decoder layer a unit.
-FSDP = {"fsdp": True}
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
 def parse() -> argparse.Namespace:
