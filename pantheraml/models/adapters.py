@@ -346,8 +346,8 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     config, targets = _plan(model, request)
     if scheme is not None:
         qat.check_model(model, scheme, config)
-    if request.lora_dropout or request.bias != "none":
-        log.once("lora_dropout > 0 or bias: the fused LoRA kernels are off for these layers, training is slower")
+    if request.lora_dropout:
+        log.once("lora_dropout > 0: what is dropped is drawn layer by layer, and training is slower than without")
     from peft import get_peft_model
 
     # PEFT copies modules that are trained in full.

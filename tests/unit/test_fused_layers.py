@@ -203,6 +203,48 @@ def test_variants_keep_their_meaning(config):
         assert (got[1][name] - grad).abs().max() <= 2e-5 * grad.abs().max(), name
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_dropout_is_drawn_in_the_fused_layers(share, monkeypatch):
+    """PEFT's draws at PEFT's places, of one adapter and of two; nothing is dropped in evaluation."""
+    model = peft_model(lora_dropout=share)
+    config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, lora_dropout=share)
+    model.add_adapter("other", config)
+    shares = []
+    original = lora.kernels.lora_linear
+    monkeypatch.setattr(
+        lora.kernels, "lora_linear", lambda *a, **k: (shares.append(k["dropout"]), original(*a, **k))[1]
+    )
+    twin = copy.deepcopy(model)
+    adapt(model)
+    for names in ("default", ["default", "other"]):
+        results = []
+        for each in (twin, model):
+            each.base_model.set_adapter(names)
+            torch.manual_seed(7)
+            results.append(step(each))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+    assert shares == [share] * 2 * 7 * model.config.num_hidden_layers
+    shares.clear()
+    model.eval()
+    step(model)
+    assert not any(shares)
+
+
+def test_adapters_that_drop_different_shares_run_pefts_forward(monkeypatch):
+    model = peft_model(lora_dropout=0.5)
+    config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, lora_dropout=0.1)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    twin = copy.deepcopy(model)
+    adapt(model)
+    monkeypatch.setattr(lora.kernels, "lora_linear", None)
+    results = []
+    for each in (twin, model):
+        torch.manual_seed(7)
+        results.append(step(each))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
 def test_adapters_can_be_disabled_switched_combined_and_merged():
     model = peft_model()
     model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"))

@@ -1,8 +1,8 @@
 """PEFT's LoRA layers through the fused projections, as long as they mean plain LoRA on a frozen base.
 
 Whether they do is asked at every call, since adapters are enabled, disabled, switched, merged and put into evaluation
-while a model lives. DoRA and other variants, dropout in training, mixed batches, trained bases and hooked layers run
-PEFT's own forward.
+while a model lives. Dropout in training is drawn layer by layer. DoRA and other variants, mixed batches, trained bases
+and hooked layers run PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -64,13 +64,16 @@ def base_weight(
     return cached[2]
 
 
-def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) -> Projection | None:
+def projection_of(
+    module: nn.Module, x: torch.Tensor, *, trained: bool = False, dropout: float = 0.0
+) -> Projection | None:
     """Describe a LoRA layer, or a plain linear layer, for the fused ops.
 
     Args:
         module: A child of an attention or MLP block.
         x: The input it is about to be given.
         trained: Whether base weights that require a gradient are served too. Default False.
+        dropout: What the caller drops of the adapters' input. Default 0.
 
     Returns:
         The projection; None when the module has to run its own forward to keep its meaning.
@@ -89,10 +92,10 @@ def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) 
         if name not in layer.lora_A:
             continue
         A, B = layer.lora_A[name], layer.lora_B[name]
-        dropout = layer.lora_dropout[name]
-        active_dropout = layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
         plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
-        if name in layer.lora_variant or active_dropout or not plain or not (untouched(A) and untouched(B)):
+        if name in layer.lora_variant or not plain or not (untouched(A) and untouched(B)):
+            return None
+        if _dropped(layer, name) != dropout:
             return None
         if not plain_tensor(A.weight) or not plain_tensor(B.weight):
             return None
@@ -103,6 +106,14 @@ def projection_of(module: nn.Module, x: torch.Tensor, *, trained: bool = False) 
     return Projection(weight, tuple(adapters), layer.base_layer.bias) if adapters else None
 
 
+def _dropped(layer: Any, adapter: str) -> float | None:
+    """What a layer drops of an adapter's input now; None when that is no plain dropout."""
+    dropout = layer.lora_dropout[adapter]
+    if not layer.training or isinstance(dropout, nn.Identity):
+        return 0.0
+    return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 and untouched(dropout) else None
+
+
 def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection | None:
     weight = base_weight(module, trained=trained)
     # Without autocast a frozen layer of another dtype raises in torch; that is for its own forward to say.
@@ -111,13 +122,17 @@ def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection |
     return Projection(weight, (), getattr(module, "bias", None))
 
 
-def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped LoRA layer: ``x [..., in_features]`` to ``[..., out_features]``."""
     x = args[0] if len(args) == 1 and not kwargs else None
     step = isinstance(x, torch.Tensor) and is_step(x)
-    projection = None
+    projection, dropout = None, 0.0
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         projection = _known_projection(self, x) if step else projection_of(self, x)
+    if projection is None and x is not None and self.training and self.active_adapters:
+        # Adapters that all drop the same share.
+        dropout = next((_dropped(self, name) for name in self.active_adapters if name in self.lora_A), None) or 0.0
+        projection = projection_of(self, x, dropout=dropout) if dropout else None
     if projection is None or x is None:
         return stock_forward(self, *args, **kwargs)
     if step and (y := project(x.to(compute_dtype(x)), projection)) is not None:
@@ -131,6 +146,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         first.scaling,
         bias=projection.bias,
         adapters=more,
+        dropout=dropout,
     )
 
 
