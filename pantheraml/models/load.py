@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -421,8 +423,20 @@ def load(request: LoadRequest) -> tuple[Any, Any]:
         text_tokenizer(tokenizer).padding_side = "left"
     else:
         adapt(model)
+    _give_memory_back()
     _banner(model, plan.config, record, plan.quantization, device)
     return model, tokenizer
+
+
+def _give_memory_back() -> None:
+    """Return to the system what loading freed on the host.
+
+    The threads that read tensors have heaps of their own, in which glibc keeps what was freed: with a model of 480 MB
+    that was quantised to 120 MB on a CPU, 400 to 900 MB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reload_options(request: LoadRequest, source: Source, model_options: dict[str, Any]) -> dict[str, Any]:

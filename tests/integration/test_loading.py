@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -559,3 +562,39 @@ def test_the_share_of_memory_for_activations_lasts(tiny_llama_dir):
     FastLanguageModel.for_inference(model)
     FastLanguageModel.for_training(model)
     assert model.get_base_model().activation_plan.fraction == 0.4
+
+
+_MEMORY_OF_A_LOAD = """
+import sys, torch
+torch.set_num_threads(1)
+from pantheraml.models import FastLanguageModel
+import bitsandbytes
+
+def held():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+FastLanguageModel.from_pretrained(sys.argv[1], load_in_4bit=True)
+before = held()
+model, _ = FastLanguageModel.from_pretrained(sys.argv[2], load_in_4bit=True)
+print(held() - before, sum(p.nbytes for p in model.parameters()) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_leaves_no_more_on_the_host_than_the_model(tiny_llama_dir, tmp_path):
+    """What was read in 16 bits, by several threads, is given back to the system once it is quantised."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 8}
+    make_tiny("llama", **sizes).bfloat16().save_pretrained(tmp_path, max_shard_size="32MB")
+    build_tokenizer().save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _MEMORY_OF_A_LOAD, str(tiny_llama_dir), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kept, model = map(float, done.stdout.split()[-2:])
+    # The checkpoint has 178 MB, of which the threads' heaps would keep most.
+    assert kept < model + 32, (kept, model)
