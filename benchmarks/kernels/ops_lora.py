@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from workload import BARE, BARE_ADAPTERS, RANK, SCALING, Contender, Inputs, Model, Workload, randn
+from workload import BARE, BARE_ADAPTERS, DTYPE, RANK, SCALING, Contender, Inputs, Model, Workload, randn
 
-EXPERTS = 32
+EXPERTS, CHOICES = 32, 2
 
 
 class _Bare(torch.autograd.Function):
@@ -217,6 +217,57 @@ def grouped_gemm(model: Model, tokens: int) -> Workload:
     )
 
 
+def _stacked(x, W1, W2, A1, B1, A2, B2, experts, weights):
+    """What transformers' grouped experts and PEFT's adapters on them compute: the update joins the whole stack."""
+    up, down = (torch.baddbmm(W, B.to(W), A.to(W), alpha=SCALING) for W, A, B in ((W1, A1, B1), (W2, A2, B2)))
+    flat, order = experts.reshape(-1).sort()
+    counts = torch.histc(flat.int() if x.is_cuda else flat.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    rows = x[order // CHOICES]
+    gate, lifted = torch._grouped_mm(rows, up.transpose(1, 2), offs=ends).chunk(2, -1)
+    y = torch._grouped_mm(torch.nn.functional.silu(gate) * lifted, down.transpose(1, 2), offs=ends)
+    y = y * weights.reshape(-1)[order].unsqueeze(1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].view(len(x), CHOICES, -1).sum(1)
+
+
+def experts_mlp(model: Model, tokens: int) -> Workload:
+    """32 gated MLPs, two a token, with adapters on both stacks."""
+    from pantheraml.kernels import Stack
+    from pantheraml.kernels import experts_mlp as ours
+
+    hidden, inner = model.hidden // 2, model.hidden // 4
+
+    def make(device: torch.device) -> Inputs:
+        chosen = torch.rand(tokens, EXPERTS).topk(CHOICES, 1)
+        return {
+            "x": randn(tokens, hidden, device=device),
+            "W1": randn(EXPERTS, 2 * inner, hidden, device=device, scale=0.02),
+            "W2": randn(EXPERTS, hidden, inner, device=device, scale=0.02),
+            "A1": randn(EXPERTS, RANK, hidden, device=device, scale=0.02),
+            "B1": randn(EXPERTS, 2 * inner, RANK, device=device, scale=0.02),
+            "A2": randn(EXPERTS, RANK, inner, device=device, scale=0.02),
+            "B2": randn(EXPERTS, hidden, RANK, device=device, scale=0.02),
+            "experts": chosen.indices.to(device),
+            "weights": chosen.values.to(device, DTYPE),
+        }
+
+    def fused(x, W1, W2, A1, B1, A2, B2, experts, weights):
+        return ours(x, experts, weights, Stack(W1, None, A1, B1, SCALING), Stack(W2, None, A2, B2, SCALING))
+
+    flops = 2.0 * tokens * CHOICES * 3 * hidden * inner
+    return Workload(
+        f"G={EXPERTS} K={CHOICES} {hidden}→{inner} r={RANK}",
+        make,
+        ("x", "A1", "B1", "A2", "B2"),
+        {"ours": lambda: fused, "eager": lambda: _stacked},
+        forward_flops=flops,
+        backward_flops=flops,
+        tolerance=6e-2,
+    )
+
+
 OPS = {
     "lora_gate": lora_gate,
     "lora_down": lora_down,
@@ -225,4 +276,5 @@ OPS = {
     "lora_qkv": lora_qkv,
     "lora_mlp": lora_mlp,
     "grouped_gemm": grouped_gemm,
+    "experts_mlp": experts_mlp,
 }
