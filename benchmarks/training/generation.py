@@ -118,7 +118,8 @@ def render(record: dict[str, Any]) -> str:
         for key in keys:
             cells, rates = [], {}
             for contender in record["contenders"]:
-                found = by_contender[contender].get(key, by_contender[contender])
+                found = by_contender.get(contender, {"error": "not run"})
+                found = found.get(key, found)
                 if found.get("error") or "rates" not in found:
                     cells.append("failed: " + str(found.get("error"))[:80].replace("|", "/").replace("\n", " "))
                     continue
@@ -154,17 +155,8 @@ def main() -> int:
         return 0
     now = datetime.datetime.now(datetime.UTC).date().isoformat()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    results: dict[str, dict[str, Any]] = {}
-    for shape in options.shapes:
-        name, mode = ("tiny", "lora") if options.dry_run else WORKLOADS[shape]
-        model = shapes.write(name, options.models)
-        results[shape] = {}
-        for contender in options.contenders:
-            command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender, "--model", str(model)]
-            log = Path(tempfile.gettempdir()) / f"generation-{shape}-{contender}.log"
-            results[shape][contender] = run.measure([*command, "--mode", mode], 300, log)
-            print(shape, contender, results[shape][contender].get("error", "measured"), flush=True)
     kept = ("python", "torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "pantheraml")
+    results: dict[str, dict[str, Any]] = {}
     record = {
         "date": now,
         "device": device,
@@ -176,9 +168,19 @@ def main() -> int:
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"generation_{run.slug(device)}_{now}"
-    (options.out / f"{stem}.json").write_text(json.dumps(record) + "\n")
-    (options.out / f"{stem}.md").write_text(render(record))
+    path = options.out / f"generation_{run.slug(device)}_{now}"
+    for shape in options.shapes:
+        name, mode = ("tiny", "lora") if options.dry_run else WORKLOADS[shape]
+        model = shapes.write(name, options.models)
+        results[shape] = {}
+        for contender in options.contenders:
+            command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender, "--model", str(model)]
+            log = Path(tempfile.gettempdir()) / f"generation-{shape}-{contender}.log"
+            results[shape][contender] = run.measure([*command, "--mode", mode], 300, log)
+            print(shape, contender, results[shape][contender].get("error", "measured"), flush=True)
+            # After each, so that a run that is ended loses nothing.
+            path.with_suffix(".json").write_text(json.dumps(record) + "\n")
+            path.with_suffix(".md").write_text(render(record))
     print(render(record))
     return 0
 
