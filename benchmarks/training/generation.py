@@ -109,6 +109,7 @@ def render(record: dict[str, Any]) -> str:
         f"Prompts of {record['prompt']} tokens, {record['new']} new ones, greedy, adapters of rank 16 not merged, "
         "each contender's own defaults. New tokens a second of all rows, medians; in brackets MiB that were allocated "
         "more after the last round of training and generating than after the second.",
+        *(["", record["note"]] if "note" in record else []),
         "",
         "| model | rows | " + " | ".join(record["contenders"]) + " | pantheraml / hf |",
         "|---|---|" + "---|" * (len(record["contenders"]) + 1),
@@ -124,7 +125,8 @@ def render(record: dict[str, Any]) -> str:
                     cells.append("failed: " + str(found.get("error"))[:80].replace("|", "/").replace("\n", " "))
                     continue
                 rates[contender] = statistics.median(found["rates"][1:])
-                cells.append(f"{rates[contender]:,.1f} ({found['memory'][-1] - found['memory'][1]:+.1f})")
+                memory = found.get("memory")
+                cells.append(f"{rates[contender]:,.1f}" + (f" ({memory[-1] - memory[1]:+.1f})" if memory else ""))
             factor = f"{rates['pantheraml'] / rates['hf']:.2f}" if {"pantheraml", "hf"} <= rates.keys() else ""
             lines.append(f"| {shape} | {key} | " + " | ".join(cells) + f" | {factor} |")
     return "\n".join(lines) + "\n"
