@@ -27,6 +27,7 @@ import torch
 WORKLOADS = {"llama-3.2-1b": ("llama-3.2-1b", "lora"), "llama-3.1-8b-nf4": ("llama-3.1-8b", "qlora")}
 CONTENDERS = ("hf", "pantheraml", "unsloth")
 BATCHES = (1, 8)
+NOT_RUN = "not run"
 PROMPT, NEW, ROUNDS = 512, 128, 3
 
 
@@ -119,8 +120,11 @@ def render(record: dict[str, Any]) -> str:
         for key in keys:
             cells, rates = [], {}
             for contender in record["contenders"]:
-                found = by_contender.get(contender, {"error": "not run"})
+                found = by_contender.get(contender, {"error": NOT_RUN})
                 found = found.get(key, found)
+                if found.get("error") == NOT_RUN:
+                    cells.append(NOT_RUN)
+                    continue
                 if found.get("error") or "rates" not in found:
                     cells.append("failed: " + str(found.get("error"))[:80].replace("|", "/").replace("\n", " "))
                     continue
