@@ -236,7 +236,7 @@ def fp8_quantize_blocks(
 def fp8_transpose(
     x: torch.Tensor, *, out: torch.Tensor | None = None, backend: dispatch.Backend = "auto"
 ) -> torch.Tensor:
-    """Transpose of a matrix of a one-byte dtype, written out.
+    """Transpose of a matrix of a one-byte dtype, written out. Deterministic: bytes are moved and nothing is computed.
 
     Args:
         x: [M, N], any one-byte dtype.
@@ -266,10 +266,12 @@ def fp8_transpose(
 def fp8_dequantize(
     matrix: Fp8Matrix, dtype: torch.dtype, *, block: int | None = None, backend: dispatch.Backend = "auto"
 ) -> torch.Tensor:
-    """The numbers of a quantised matrix, multiplied out in float32 and rounded once, by eager torch on every device.
+    """The numbers of a quantised matrix, ``values * scales`` in float32, rounded once, by eager torch on every device.
+
+    Deterministic.
 
     Args:
-        matrix: From ``fp8_quantize_rows`` or ``fp8_quantize_blocks``.
+        matrix: [..., D], from ``fp8_quantize_rows`` or ``fp8_quantize_blocks``.
         dtype: Dtype of the result.
         block: Edge of a tile when the scales belong to tiles. Default None: row-wise.
         backend: ``"auto"`` or ``"reference"``; there is no kernel.
@@ -298,7 +300,8 @@ def fp8_matmul(
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` of two row-wise scaled fp8 matrices by the matrix units.
 
-    Through ``torch._scaled_mm``. No gradient.
+    Through ``torch._scaled_mm``, which adds in float32 or what ``fast_accumulation`` allows. Deterministic on one kind
+    of GPU with one cuBLAS. No gradient.
 
     Args:
         x: Values [..., I], scales [..., 1].

@@ -551,9 +551,10 @@ def rms_norm_fp8(
 ) -> Fp8Norm:
     """RMSNorm whose output is quantised row by row to fp8, for a following fp8 matrix product.
 
-    The float32 result is quantised without rounding to the input's dtype in between: ``scale = max|y| / fp8_max``.
-    Arguments as in ``rms_norm``. It has no autograd of its own: call it where gradients are off, as inside a
-    hand-written ``autograd.Function``, and use ``rms_norm_backward`` there.
+    The float32 result is quantised without rounding to the input's dtype in between: ``scale = max|y| / fp8_max``,
+    ``values = (y / scale).to(fp8)``. Deterministic. Arguments as in ``rms_norm``, x being [..., D]. It has no autograd
+    of its own: call it where gradients are off, as inside a hand-written ``autograd.Function``, and use
+    ``rms_norm_backward`` there.
 
     Returns:
         See ``Fp8Norm``. The fp8 dtype is e4m3fn, or e4m3fnuz on AMD's gfx94x.

@@ -12,7 +12,7 @@ from pantheraml import kernels
 
 FILES = (
     "layer_norm", "rotary", "qk_norm_rotary", "glu", "cross_entropy", "linear_cross_entropy", "lora", "routing",
-    "grouped_gemm", "experts", "fp8_linear",
+    "grouped_gemm", "experts", "fp8_linear", "rms_norm", "fp8",
 )  # fmt: skip
 OPS = {
     name: getattr(kernels, name)
@@ -20,7 +20,7 @@ OPS = {
     if module in FILES and inspect.isfunction(getattr(kernels, name))
 }
 # Moves numbers only.
-WITHOUT_SUMS = {"route"}
+WITHOUT_SUMS = {"route", "fp8_transpose"}
 
 
 @pytest.mark.parametrize("name", OPS)
