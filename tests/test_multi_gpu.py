@@ -77,7 +77,8 @@ DEVICES = [pytest.param("cpu", id="gloo"), pytest.param("gpu", id="nccl", marks=
 def test_the_example_trains_sharded_over_two_processes_and_saves_once(device, tmp_path):
     if device == "gpu" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, and this host has {torch.cuda.device_count()}")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment["PANTHERAML_DEVICE"] = "cpu"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

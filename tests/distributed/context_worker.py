@@ -251,9 +251,6 @@ def trained(name: str, folder: Path, size: int = 1) -> Any:
     scenario = defaults | (SCENARIOS | OF_GPUS)[name]
     model, folder = scenario["model"], folder / f"{name} by {size}"
     options = {"max_steps": scenario["steps"], "lr_scheduler_type": "constant"} | scenario["options"]
-    if name in SCENARIOS:
-        # On a GPU, all weights would train with bf16's rounding.
-        options["bf16"] = False
     keywords: dict[str, Any] = {"kind": "PantheraMLDistributedTrainer"}
     config = None
     if size == 1:
@@ -303,7 +300,7 @@ def run(name: str, out: Path, size: int) -> dict[str, Any]:
 def resumed(out: Path) -> list[float]:
     """A run that is stopped in the middle of an epoch and goes on."""
     scenario = SCENARIOS["lora"]
-    stop = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant", "bf16": False}
+    stop = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
     for steps, resume in ((4, False), (8, True)):
         trainer, _ = train(
             out / "resumed",

@@ -88,9 +88,13 @@ def train(
         "optim": "adamw_torch",
         "save_strategy": "no",
     }
+    model = panthera_model(lora=lora, checkpointing=checkpointing) if model is None else model
+    if all(parameter.dtype is torch.float32 for parameter in model.parameters()):
+        # On a GPU all of them would train in mixed precision, which rounds otherwise where batches are otherwise.
+        settings["bf16"] = False
     seen = Seen()
     trainer = trainer_class(
-        model=panthera_model(lora=lora, checkpointing=checkpointing) if model is None else model,
+        model=model,
         args=config_class(**settings | (options or {})),
         train_dataset=ragged_rows() if rows is None else rows,
         eval_dataset=ragged_rows(7, seed=1),

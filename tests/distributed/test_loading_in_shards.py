@@ -162,6 +162,7 @@ def test_layers_that_return_views_are_no_news(two):
 
 
 def test_embedding_and_head_of_new_tokens_are_saved_with_the_adapter(two):
+    two.need("new tokens")
     weights = of(two.weights[0], "new tokens")
     saved = load_file(two.folder / "new tokens by trainer" / "adapter_model.safetensors")
     named = {name.replace("modules_to_save.weight", "modules_to_save.default.weight"): x for name, x in saved.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import DEVICES, launch_once, of
-from runs import GLOBAL_BATCH, losses_of, ragged_rows, tiny_qlora, train, trained_weights
+from runs import GLOBAL_BATCH, losses_of, ragged_rows, save_tiny, tiny_qlora, train, trained_weights
 from training_support import panthera_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -71,8 +71,10 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(two, tmp_path_factory):
-    return Alone(tmp_path_factory.mktemp("alone"), two.folder / "tiny")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    save_tiny(folder / "tiny")
+    return Alone(folder, folder / "tiny")
 
 
 RUNS = ["lora", "lora, accumulated", "qlora", "qlora, accumulated", "full", "full, accumulated", "tied"]
