@@ -300,10 +300,17 @@ def whole(model: nn.Module, *, trained_only: bool = False) -> Iterator[bool]:
     written = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
     host: dict[int, nn.Parameter] = {}
     for parameter in list(model.parameters()):
-        if isinstance(parameter, DTensor) and (parameter.requires_grad or id(parameter) in written or not trained_only):
+        if isinstance(parameter, DTensor):
+            if trained_only and not parameter.requires_grad and id(parameter) not in written:
+                continue
             full = _gathered(parameter)
-            if get_rank() == 0:
-                host[id(parameter)] = nn.Parameter(full.to("cpu"), requires_grad=parameter.requires_grad)
+        elif trained_only or parameter.device.type == "cpu":
+            continue
+        else:
+            # A vector of a model in parts, or an adapter that was put on one: every rank has it whole.
+            full = parameter.detach()
+        if get_rank() == 0:
+            host[id(parameter)] = nn.Parameter(full.to("cpu"), requires_grad=parameter.requires_grad)
     try:
         if get_rank() == 0:
             with _ordinary(model, units, host, with_buffers=not trained_only):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_tiny
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from training_support import panthera_model, texts
 
@@ -19,6 +20,7 @@ from pantheraml.errors import ArgumentError, ConfigError, ConflictError, DeviceM
 from pantheraml.models.record import record_of
 from pantheraml.models.resolve import resolve_placement
 from pantheraml.models.stream import layers_of
+from pantheraml.parallel import fsdp
 from pantheraml.parallel.batches import EvenBatches, evened
 from pantheraml.parallel.ddp import ddp_options
 from pantheraml.parallel.fsdp import shard
@@ -373,6 +375,25 @@ def test_layers_that_share_weights_are_not_sharded():
     layers = [torch.nn.Sequential(shared), torch.nn.Sequential(shared)]
     with pytest.raises(UnsupportedError, match="share weights"):
         shard(torch.nn.Sequential(*layers), layers)
+
+
+def test_a_model_in_parts_is_whole_in_host_memory_with_the_vectors_that_no_rank_divides(monkeypatch):
+    monkeypatch.setattr(fsdp, "in_parts", lambda _: True)
+    model = make_tiny().eval().requires_grad_(False)
+    rows = torch.arange(5)[None]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() == 1:
+                    elsewhere = FakeTensor(mode, parameter.detach().to("meta"), torch.device("cuda", 0))
+                    module._parameters[name] = torch.nn.Parameter(elsewhere, requires_grad=False)
+        before = list(model.parameters())
+        assert {parameter.device.type for parameter in before} == {"cpu", "cuda"}
+        with fsdp.whole(model) as here:
+            assert here
+            assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+            assert model(rows).logits.device.type == "cpu"
+        assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
 def test_a_layer_of_a_checkpoint_is_read_at_a_time():
