@@ -92,8 +92,22 @@ class Pieces(NamedTuple):
 
 
 @functools.cache
-def row_pieces(width: int, *, where: str = "a row-wise kernel", lanes: int = LANES) -> Pieces:
+def row_pieces(
+    width: int,
+    *,
+    where: str = "a row-wise kernel",
+    lanes: int = LANES,
+    elements: int = ELEMENTS_PER_THREAD,
+    adjacent: int = 8,
+) -> Pieces:
     """Pieces, rows and warps for rows of ``width`` elements; short rows share a program, each in one piece.
+
+    Args:
+        width: Elements of a row.
+        where: The op, for messages.
+        lanes: Threads of a warp.
+        elements: Those of a row that a thread holds at most, unless it takes all threads of a program.
+        adjacent: Columns of a piece that a thread holds: 16 bytes of the narrowest tensor that is read or written.
 
     Raises:
         UnsupportedError: the row does not fit into the registers of one program.
@@ -104,8 +118,8 @@ def row_pieces(width: int, *, where: str = "a row-wise kernel", lanes: int = LAN
     if rows > 1:
         warps = max(whole * rows // ELEMENTS_PER_WARP, 1)
         return Pieces(1, 0, whole, rows, warps, (whole == width, whole == width))
-    threads = min(next_power_of_2(cdiv(width, ELEMENTS_PER_THREAD)), MAX_THREADS)
-    columns = 8 * threads
+    threads = max(min(next_power_of_2(cdiv(width, elements)), MAX_THREADS), lanes)
+    columns = adjacent * threads
     count = cdiv(width, columns)
     n = 1 << (count.bit_length() - 1)
     m = next_power_of_2(count - n) if count > n else 0

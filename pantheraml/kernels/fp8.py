@@ -15,10 +15,11 @@ import torch
 from ..device import get_device
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
+from ._row_pieces import Pieces, columns_of, mask_of, row_pieces
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference import fp8 as reference
-from .utils import cdiv, fp8_dtype, launch_settings, require_floating, require_shape, single_stride
+from .utils import LANES, cdiv, fp8_dtype, launch_settings, require_floating, require_shape, single_stride
 
 BLOCK = 128
 # Share of the copy bandwidth on an H100 at 8,192 x 4,096 from bf16: 16 warps 84 %, 8 warps 75 %, 4 warps 72 %.
@@ -26,6 +27,9 @@ BLOCK_WARPS = 16
 # The same at 14,336 x 4,096 bytes: tiles of 128 with 8 warps 91 %, of 64 84 %, of 32 77 %.
 TRANSPOSE_TILE = 128
 TRANSPOSE_WARPS = 8
+# Elements of a row that a thread holds: as float32 they leave room in its 255 registers, and fewer warps a row mean
+# fewer barriers. Widths between powers of two had 38 to 54 % of the copy bandwidth with one masked piece.
+ROW_ELEMENTS = 96
 # Matrix units take fp8 factors whose contracted and output widths are whole groups of 16.
 MATMUL_MULTIPLE = 16
 
@@ -45,22 +49,49 @@ class Fp8Matrix(NamedTuple):
 
 
 @jit
+def _quantized(x, scale, LARGEST: tl.constexpr):
+    """``x / scale`` within what the fp8 dtype holds."""
+    y = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    return tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+
+
+@jit
 def fp8_rows_kernel(
-    p_x, p_values, p_scales, rows, width, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    p_x,
+    p_values,
+    p_scales,
+    rows,
+    width,
+    stride,
+    LARGEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    FULL_N: tl.constexpr,
+    FULL_M: tl.constexpr,
 ):
-    """Quantise ROWS rows, each with its own scale."""
+    """Quantise ROWS rows, each with its own scale; the pieces are told in ``_row_pieces``."""
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_column = tl.arange(0, BLOCK)
     m_row = o_row < rows
-    m_tile = m_row[:, None] & (o_column < width)[None, :]
-    b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-    b_max = tl.max(tl.abs(b_x), axis=1)
-    b_scale = tl.where(b_max > 0.0, tl.div_rn(b_max, LARGEST), 1.0)
-    b_y = tl.div_rn(b_x, tl.broadcast_to(b_scale[:, None], b_x.shape))
-    b_y = tl.minimum(tl.maximum(b_y, -LARGEST), LARGEST)
-    tl.store(p_scales + o_row, b_scale, mask=m_row)
-    p_out = p_values + o_row[:, None] * width + o_column[None, :]
-    tl.store(p_out, b_y.to(p_values.dtype.element_ty), mask=m_tile)
+    o_x = (o_row * stride)[None, :, None]
+    o_out = (o_row * width)[None, :, None]
+    c_0 = columns_of(0, N, P)
+    m_0 = mask_of(m_row, c_0, width, FULL_N)
+    x_0 = tl.load(p_x + (o_x + c_0), mask=m_0, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    largest = tl.max(tl.abs(x_0), axis=0, keep_dims=True)
+    c_1, m_1, x_1 = c_0, m_0, x_0
+    if M > 0:
+        c_1 = columns_of(N * P, M, P)
+        m_1 = mask_of(m_row, c_1, width, FULL_M)
+        x_1 = tl.load(p_x + (o_x + c_1), mask=m_1, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x_1), axis=0, keep_dims=True))
+    largest = tl.max(largest, axis=2, keep_dims=True)
+    scale = tl.where(largest > 0.0, tl.div_rn(largest, LARGEST), 1.0)
+    tl.store(p_scales + o_row[None, :, None], scale, mask=m_row[None, :, None])
+    tl.store(p_values + (o_out + c_0), _quantized(x_0, scale, LARGEST).to(p_values.dtype.element_ty), mask=m_0)
+    if M > 0:
+        tl.store(p_values + (o_out + c_1), _quantized(x_1, scale, LARGEST).to(p_values.dtype.element_ty), mask=m_1)
 
 
 @jit
@@ -74,8 +105,7 @@ def fp8_tiles_kernel(p_x, p_values, p_scales, rows, width, stride, LARGEST: tl.c
     b_x = tl.load(p_x + o_row[:, None] * stride + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
     largest_x = tl.max(tl.max(tl.abs(b_x), axis=1), axis=0)
     scale = tl.where(largest_x > 0.0, tl.div_rn(largest_x, LARGEST), 1.0)
-    b_y = tl.div_rn(b_x, tl.broadcast_to(scale, b_x.shape))
-    b_y = tl.minimum(tl.maximum(b_y, -LARGEST), LARGEST).to(p_values.dtype.element_ty)
+    b_y = _quantized(b_x, scale, LARGEST).to(p_values.dtype.element_ty)
     tl.store(p_scales + i_row * tl.num_programs(1) + i_column, scale)
     tl.store(p_values + o_row[:, None] * width + o_column[None, :], b_y, mask=m_tile)
 
@@ -90,16 +120,25 @@ def transpose_bytes_kernel(p_x, p_out, rows, width, stride, out_stride, TILE: tl
     tl.store(p_out + o_column[:, None] * out_stride + o_row[None, :], tl.trans(b_x), mask=tl.trans(m_tile))
 
 
+def _row_pieces(width: int, *, lanes: int = LANES) -> Pieces:
+    """How rows are cut: those of a power of two, and short ones, are one piece."""
+    whole = launch_settings(width, where="fp8_quantize_rows", lanes=lanes)
+    if whole.rows > 1 or whole.block == width:
+        full = whole.block == width
+        return Pieces(1, 0, whole.block, whole.rows, whole.num_warps, (full, full))
+    return row_pieces(width, lanes=lanes, elements=ROW_ELEMENTS, adjacent=16)
+
+
 def _quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return values, scales.fill_(1.0)
-    settings = launch_settings(width, where="fp8_quantize_rows")
+    pieces = _row_pieces(width)
     x, rows, stride = single_stride(x)
     with on_device(x):
-        fp8_rows_kernel[(cdiv(rows, settings.rows),)](
+        fp8_rows_kernel[(cdiv(rows, pieces.rows),)](
             p_x=x,
             p_values=values,
             p_scales=scales,
@@ -107,9 +146,8 @@ def _quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
             width=width,
             stride=stride,
             LARGEST=torch.finfo(dtype).max,
-            BLOCK=settings.block,
-            ROWS=settings.rows,
-            num_warps=settings.num_warps,
+            num_warps=pieces.num_warps,
+            **pieces.constants,
         )
     return values, scales
 
@@ -358,19 +396,21 @@ def _matmul_obstacle(values: torch.Tensor, out: int, out_dtype: torch.dtype) -> 
 def variants() -> Iterator[Variant]:
     """The compiled forms, for compilation ahead of time."""
     sizes = {"rows": "i32", "width": "i32", "stride": "i64"}
-    settings = launch_settings(4096)
     for fp8, least, amd, largest in (("fp8e4nv", 89, (), 448.0), ("fp8e4b8", None, ("gfx942",), 240.0)):
         for dtype in ("fp16", "bf16"):
             common = {"minimum": least and max(least, bfloat16_minimum(dtype)), "amd": amd}
             pointers = {"p_x": f"*{dtype}", "p_values": f"*{fp8}", "p_scales": "*fp32", **sizes}
-            yield Variant(
-                f"fp8_rows-{dtype}-{fp8}",
-                fp8_rows_kernel,
-                pointers,
-                {"LARGEST": largest, "BLOCK": settings.block, "ROWS": settings.rows},
-                num_warps=settings.num_warps,
-                **common,
-            )
+            for width in (256, 2560, 4096):
+                pieces = _row_pieces(width, lanes=64 if amd else LANES)
+                yield Variant(
+                    f"fp8_rows-{width}-{dtype}-{fp8}",
+                    fp8_rows_kernel,
+                    pointers,
+                    {"LARGEST": largest, **pieces.constants},
+                    num_warps=pieces.num_warps,
+                    representative=width == 2560 and dtype == "bf16",
+                    **common,
+                )
             yield Variant(
                 f"fp8_tiles-{dtype}-{fp8}",
                 fp8_tiles_kernel,

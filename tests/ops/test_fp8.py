@@ -22,7 +22,9 @@ from pantheraml.kernels.fp8 import (
 from .support import DTYPES, random
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+# The last ones are rows of several pieces, whole and not.
 SHAPES = {"1x1": (1, 1), "5x97": (5, 97), "130x200": (130, 200), "128x128": (128, 128)}
+SHAPES |= {"3x2304": (3, 2304), "3x2311": (3, 2311), "3x4096": (3, 4096)}
 SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 QUANTIZERS = {"rows": fp8_quantize_rows, "tiles": fp8_quantize_blocks}
 QUANTIZER = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS.keys())
