@@ -28,6 +28,9 @@ from .roles import base_model, find_head, head_modules
 
 _KEY = "_pantheraml_fused_head"
 _KEYWORD = "fused_lm_head"
+# accelerate's hook, which brings what a model computes on several devices to the one that the inputs came from. TRL's
+# patch takes the place of the forward that calls it, and TRL divides the log-probabilities by counts on that device.
+_PLACEMENT, _HOOKED = "_hf_hook", "_old_forward"
 
 
 @dataclass
@@ -114,7 +117,15 @@ def uninstall_fused_head(model: nn.Module) -> None:
 @functools.cache
 def _with_signature_of(cls: type) -> Any:
     # generate() checks its keyword arguments against the signature of forward.
-    return functools.wraps(cls.forward)(_forward)
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = self.__dict__.get(_PLACEMENT)
+        if hook is None or getattr(self.__dict__.get(_HOOKED), "__func__", None) is forward:
+            return _forward(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, _forward(self, *args, **kwargs))
+
+    return forward
 
 
 def _forward(

@@ -15,6 +15,7 @@ from pantheraml.models.adapt import adapt, restore
 from pantheraml.models.layers import decoder
 from pantheraml.models.layers.lazy import LazyLogits
 from pantheraml.models.layers.slots import is_installed, swap_of
+from pantheraml.models.layers.step import TOKENS
 from pantheraml.models.loss import token_statistics
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "granite", "cohere"]
@@ -213,13 +214,21 @@ def test_accelerate_hooks_compose(first, batch):
     torch.testing.assert_close(model(**batch).loss, stock(**batch).loss, rtol=0, atol=0)
 
 
-def test_an_offloaded_head_gives_real_logits(batch):
+@pytest.mark.parametrize("rows", [1, 4], ids=["few tokens", "many"])
+@pytest.mark.parametrize("last", [adapt, "offload"], ids=["offloaded first", "adapted first"])
+def test_an_offloaded_model_is_adapted_and_gives_real_logits(rows, last, batch):
     from accelerate import cpu_offload
 
+    batch = {name: value.repeat(rows, 1) for name, value in batch.items()}
+    assert (batch["input_ids"].numel() > TOKENS) == (rows > 1)
     stock = make_tiny("llama")
     model = copy.deepcopy(stock)
-    adapt(model)
+    if last == "offload":
+        adapt(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
+    if last is adapt:
+        adapt(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
     with torch.no_grad():
         result = model(**batch)
     assert type(result.logits) is torch.Tensor
@@ -368,6 +377,46 @@ def test_fused_head_serves_trls_contract(model_type, shifted, batch):
     )
     restore(adapted)
     assert adapted.forward.__func__.__code__ is stock.forward.__func__.__code__
+
+
+@pytest.mark.parametrize("hooked", ["before TRL", "last"])
+def test_fused_head_of_a_spread_model_answers_where_it_was_asked(hooked, batch):
+    """accelerate's hook brings the output of a model on several devices to its input's; dtypes stand for devices."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from trl.trainer.utils import add_fused_lm_head
+
+    from pantheraml.models.fused_head import install_fused_head
+
+    class Place(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            assert kwargs["input_ids"].dtype is torch.int32
+            self.calls += 1
+            return args, kwargs | {name: kwargs[name].long() for name in batch}
+
+        def post_forward(self, module, output):
+            return type(output)({k: v.double() if v.is_floating_point() else v for k, v in output.items()})
+
+    reference, model = make_tiny("mixtral"), make_tiny("mixtral")
+    place = Place()
+    if hooked != "last":
+        add_hook_to_module(model, place)
+    for one in (reference, model):
+        one.config.output_router_logits = True
+        add_fused_lm_head(one)
+    adapt(model)
+    assert install_fused_head(model)
+    if hooked == "last":
+        add_hook_to_module(model, place)
+    elsewhere = {name: value.int() for name, value in batch.items()}
+    found, due = model(**elsewhere, fused_lm_head=True), reference(**batch, fused_lm_head=True)
+    for name in ("loss", "log_probs", "aux_loss"):
+        assert found[name].dtype is torch.float64
+        torch.testing.assert_close(found[name].float(), due[name], rtol=1e-5, atol=1e-5)
+    plain = model(**elsewhere, output_router_logits=False, use_cache=False)
+    assert plain.loss.dtype is torch.float64
+    assert place.calls == 2
 
 
 def test_fused_head_adds_the_router_loss(batch):
