@@ -96,7 +96,7 @@ def nf4_dequantize(model: Model, tokens: int) -> Workload:
 
 def nf4_matvec(model: Model, tokens: int) -> Workload:
     """One vector through the gate's 4-bit weight."""
-    from pantheraml.kernels.nf4 import nf4_matvec as ours
+    from pantheraml.kernels.nf4_product import nf4_matvec as ours
     from pantheraml.kernels.reference.nf4 import nf4_dequantize as reference
 
     out, width = model.intermediate, model.hidden

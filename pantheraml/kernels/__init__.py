@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .lora import lora_mlp as lora_mlp
     from .lora import lora_qkv as lora_qkv
     from .nf4 import nf4_dequantize as nf4_dequantize
-    from .nf4 import nf4_matvec as nf4_matvec
+    from .nf4_product import nf4_matvec as nf4_matvec
     from .qk_norm_rotary import qk_norm_rotary as qk_norm_rotary
     from .rms_norm import rms_norm as rms_norm
     from .rms_norm import rms_norm_fp8 as rms_norm_fp8
@@ -79,7 +79,7 @@ _EXPORTS = {
     "lora_mlp": "lora",
     "nf4_dequantize": "nf4",
     "grouped_gemm": "grouped_gemm",
-    "nf4_matvec": "nf4",
+    "nf4_matvec": "nf4_product",
     "Adapter": "lora",
     "Projection": "lora",
     "Fp8Matrix": "fp8",

@@ -23,6 +23,7 @@ MODULES = (
     "low_rank",
     "lora",
     "nf4",
+    "nf4_product",
     "fp8",
     "fp8_operands",
     "routing",

@@ -1,4 +1,4 @@
-"""nf4 and fp4 weights in the layout of bitsandbytes: dequantisation into a buffer, and a product with few vectors."""
+"""nf4 and fp4 weights in the layout of bitsandbytes: dequantisation into a buffer."""
 
 from __future__ import annotations
 
@@ -7,27 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference import nf4 as reference
 from .reference.nf4 import Quantized4Bit
-from .utils import cdiv, next_power_of_2, require_shape
+from .utils import cdiv, require_shape
 
-__all__ = ["Quantized4Bit", "nf4_dequantize", "nf4_matvec"]
+__all__ = ["Quantized4Bit", "nf4_dequantize"]
 
 # Packed bytes a program of the dequantisation takes, with its warps: 16 bytes a thread, one wide load. 89 % of the copy
 # bandwidth on an H100 for a 14,336 x 4,096 weight.
 DEQUANTIZE_BYTES = 1024
 DEQUANTIZE_WARPS = 2
-# Rows of the weight and packed bytes of each that a program of the product holds at a time. 39 us for 14,336 x 4,096 on
-# an H100; 16 rows with 4 warps take 35 us, but leave most of the chip idle where the weight has 1,024 rows.
-MATVEC_ROWS = 4
-MATVEC_BYTES = 128
-MATVEC_WARPS = 1
-# Beyond that many vectors reading the weight again for each costs more than writing it out once.
-MATVEC_MAX_VECTORS = 8
 
 
 @jit
@@ -92,50 +85,6 @@ def nf4_dequantize_kernel(
     tl.store(p_element, tl.interleave(b_high, b_low), mask=m_out)
 
 
-@jit
-def nf4_matvec_kernel(
-    p_packed,
-    p_absmax,
-    p_code,
-    p_nested_absmax,
-    p_nested_code,
-    p_nested_offset,
-    p_x,
-    p_out,
-    rows,
-    width,
-    x_stride,
-    out_stride,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """``out[j, r] = sum_k weight[r, k] * x[j, k]`` for ROWS rows and one vector; the width is whole blocks."""
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    i_vector = tl.program_id(1).to(tl.int64)
-    m_row = o_row < rows
-    groups = width // (2 * HALF)
-    o_lane = tl.arange(0, HALF)
-    b_sum = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
-    for start in range(0, groups, GROUPS):
-        o_column = start + tl.arange(0, GROUPS)
-        m_column = o_column < groups
-        m_group = m_row[:, None] & m_column[None, :]
-        o_group = o_row[:, None] * groups + o_column[None, :]
-        b_scale = _scales(p_absmax, p_nested_absmax, p_nested_code, p_nested_offset, o_group, m_group, NESTED_BLOCKSIZE)
-        o_byte = o_group[:, :, None] * HALF + o_lane[None, None, :]
-        b_byte = tl.load(p_packed + o_byte, mask=m_group[:, :, None], other=0).to(tl.int32)
-        p_pair = p_x + i_vector * x_stride + (o_column[:, None] * HALF + o_lane[None, :]) * 2
-        b_even = tl.load(p_pair, mask=m_column[:, None], other=0.0).to(tl.float32)
-        b_odd = tl.load(p_pair + 1, mask=m_column[:, None], other=0.0).to(tl.float32)
-        b_product = tl.load(p_code + (b_byte >> 4)) * b_even[None, :, :]
-        b_product += tl.load(p_code + (b_byte & 15)) * b_odd[None, :, :]
-        b_sum += tl.where(m_group, tl.sum(b_product, axis=2) * b_scale, 0.0)
-    b_out = tl.sum(b_sum, axis=1).to(p_out.dtype.element_ty)
-    tl.store(p_out + i_vector * out_stride + o_row, b_out, mask=m_row)
-
-
 def _dequantize(quantized: Quantized4Bit, out: torch.Tensor) -> torch.Tensor:
     count = math.prod(quantized.shape)
     if count == 0:
@@ -162,36 +111,6 @@ def _dequantize(quantized: Quantized4Bit, out: torch.Tensor) -> torch.Tensor:
             HALF=half,
             STRIDED=strided,
             num_warps=DEQUANTIZE_WARPS,
-        )
-    return out
-
-
-def _matvec(x: torch.Tensor, quantized: Quantized4Bit) -> torch.Tensor:
-    rows, width = quantized.shape
-    out = x.new_empty((x.shape[0], rows))
-    if out.numel() == 0:
-        return out
-    half = quantized.blocksize // 2
-    groups = max(1, min(MATVEC_BYTES // half, next_power_of_2(width // quantized.blocksize)))
-    with on_device(x):
-        nf4_matvec_kernel[(cdiv(rows, MATVEC_ROWS), x.shape[0])](
-            p_packed=quantized.packed,
-            p_absmax=quantized.absmax,
-            p_code=quantized.code,
-            p_nested_absmax=quantized.nested_absmax,
-            p_nested_code=quantized.nested_code,
-            p_nested_offset=quantized.nested_offset,
-            p_x=x,
-            p_out=out,
-            rows=rows,
-            width=width,
-            x_stride=x.stride(0),
-            out_stride=out.stride(0),
-            NESTED_BLOCKSIZE=quantized.nested_blocksize or 1,
-            ROWS=MATVEC_ROWS,
-            GROUPS=groups,
-            HALF=half,
-            num_warps=MATVEC_WARPS,
         )
     return out
 
@@ -239,38 +158,6 @@ def nf4_dequantize(
     return _dequantize(quantized, out)
 
 
-def nf4_matvec(x: torch.Tensor, quantized: Quantized4Bit, *, backend: dispatch.Backend = "auto") -> torch.Tensor:
-    """Multiply vectors by a 4-bit weight without writing the weight out: ``x @ weight.T``, for generation.
-
-    Up to 8 vectors go through the fused kernel, which multiplies and sums in float32; more, or a width that is not
-    whole blocks, through dequantisation and torch's product. No gradient.
-
-    Args:
-        x: [..., in_features], float16, bfloat16 or float32.
-        quantized: Weight of shape ``(out_features, in_features)``.
-        backend: See ``dispatch.resolve``.
-
-    Returns:
-        [..., out_features] in the dtype of ``x``.
-
-    Raises:
-        ConfigError: The shapes do not fit.
-        UnsupportedError: ``x`` requires a gradient while gradients are recorded.
-    """
-    where = "nf4_matvec"
-    if len(quantized.shape) != 2 or x.shape[-1] != quantized.shape[1]:
-        raise ConfigError(f"x {list(x.shape)} does not fit a weight {list(quantized.shape)}", where=where)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError("nf4_matvec has no backward", where=where, hint="use lora_linear, or torch.no_grad()")
-    vectors = x.reshape(-1, x.shape[-1])
-    chosen = dispatch.resolve(where, x, backend)
-    if chosen == "triton" and vectors.shape[0] <= MATVEC_MAX_VECTORS and x.shape[-1] % quantized.blocksize == 0:
-        vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
-        return _matvec(vectors, quantized).view(*x.shape[:-1], quantized.shape[0])
-    weight = nf4_dequantize(quantized, dtype=x.dtype, backend=chosen)
-    return torch.nn.functional.linear(x, weight)
-
-
 def variants() -> Iterator[Variant]:
     """The compiled forms, for compilation ahead of time."""
     for dtype in ("fp16", "bf16", "fp32"):
@@ -294,15 +181,6 @@ def variants() -> Iterator[Variant]:
                 arguments={**arguments, "packed_bytes": "i64", "count": "i64"},
                 constants={**constants, "GROUPS": DEQUANTIZE_BYTES // 32, "HALF": 32, "STRIDED": False},
                 num_warps=DEQUANTIZE_WARPS,
-                minimum=bfloat16_minimum(dtype),
-                representative=nested,
-            )
-            yield Variant(
-                name=f"nf4_matvec-{form}",
-                kernel=nf4_matvec_kernel,
-                arguments={**arguments, "p_x": f"*{dtype}", "rows": "i32", "x_stride": "i64"},
-                constants={**constants, "ROWS": MATVEC_ROWS, "GROUPS": MATVEC_BYTES // 32, "HALF": 32},
-                num_warps=MATVEC_WARPS,
                 minimum=bfloat16_minimum(dtype),
                 representative=nested,
             )

@@ -18,14 +18,12 @@ from torch.nn import functional
 from . import dispatch, low_rank
 from .fp8 import Fp8Matrix
 from .fp8_linear import Fp8Base, Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
-from .nf4 import nf4_dequantize, nf4_matvec
+from .nf4 import nf4_dequantize
+from .nf4_product import nf4_matvec, serves
 from .reference.nf4 import Quantized4Bit
 
 # Fewer rows are left to torch's products, which take less of the host's time.
 KERNEL_ROWS = 512
-# More rows than these are worth writing a 4-bit weight out: on an H100 a row takes 39 us with 14,336 x 4,096 packed
-# elements, and writing them out and multiplying takes 91 us for all rows.
-MATVEC_ROWS = 2
 
 Weight = torch.Tensor | Quantized4Bit | Fp8Base | Callable[[], torch.Tensor]
 
@@ -227,8 +225,7 @@ def _bare_product(x: Fp8Input, term: Term) -> torch.Tensor | None:
     stored = term.base.weight.stored if isinstance(term.base.weight, Nf4Fp8Weight) else term.base.weight
     if (
         isinstance(stored, Quantized4Bit)
-        and x.x.shape[0] <= MATVEC_ROWS
-        and x.x.shape[1] % stored.blocksize == 0
+        and serves(x.x, stored)
         and dispatch.resolve("nf4_matvec", x.x, term.backend) == "triton"
     ):
         return nf4_matvec(x.x, stored, backend=term.backend)

@@ -12,7 +12,7 @@ from pantheraml import kernels
 
 FILES = (
     "layer_norm", "rotary", "qk_norm_rotary", "glu", "cross_entropy", "linear_cross_entropy", "lora", "routing",
-    "grouped_gemm", "experts", "fp8_linear", "rms_norm", "fp8",
+    "grouped_gemm", "experts", "fp8_linear", "rms_norm", "fp8", "nf4_product",
 )  # fmt: skip
 OPS = {
     name: getattr(kernels, name)

@@ -9,6 +9,7 @@ from pantheraml.errors import ConfigError, UnsupportedError
 from pantheraml.kernels import projections as projections_module
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 from pantheraml.kernels.nf4 import Quantized4Bit
+from pantheraml.kernels.nf4_product import MAX_VECTORS
 from pantheraml.kernels.reference.lora import lora_linear as reference
 from pantheraml.kernels.reference.nf4 import nf4_dequantize
 
@@ -147,7 +148,7 @@ def test_bases_that_are_not_dense(kind, device):
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapter", "frozen"])
-@pytest.mark.parametrize(("rows", "fused"), [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize(("rows", "fused"), [(1, True), (2, True), (MAX_VECTORS, True), (MAX_VECTORS + 1, False)])
 def test_few_rows_read_a_4_bit_weight_as_it_is(rows, fused, adapters, device, monkeypatch):
     """As generation does: the weight is written out for more rows only, and for the backward."""
     record = quantized_weight(device)
