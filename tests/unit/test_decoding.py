@@ -10,6 +10,7 @@ from conftest import make_tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers import StaticCache
 
 from pantheraml.models import decoding
 from pantheraml.models.adapt import adapt
@@ -214,6 +215,19 @@ def test_the_forward_comes_back_when_generation_fails(simulated):
     with pytest.raises(KeyboardInterrupt):
         greedy(model, logits_processor=[fail])
     assert "forward" not in vars(model.base_model.model)
+
+
+def test_a_step_compiles_whole():
+    """As transformers compiles it where ``cache_implementation="static"`` is asked for."""
+    model = adapted().base_model.model
+    token, positions = IDS[:, :1], torch.full((2, 1), 10)
+    results = []
+    with torch.no_grad(), step.weights_unchanged():
+        for run in (model, torch.compile(model.__call__, backend="eager", fullgraph=True)):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(IDS, past_key_values=cache)
+            results.append(run(input_ids=token, past_key_values=cache, position_ids=positions).logits)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_a_changed_call_is_not_replayed():

@@ -39,7 +39,11 @@ class Known:
 
 
 _known: ContextVar[Known | None] = ContextVar("pantheraml_known", default=None)
-known = _known.get
+
+
+def known() -> Known | None:
+    """What has been found out so far, while ``weights_unchanged`` lasts; None otherwise, and while code is compiled."""
+    return None if torch.compiler.is_compiling() else _known.get()
 
 
 def is_step(x: torch.Tensor) -> bool:
@@ -65,7 +69,7 @@ def weights_unchanged() -> Iterator[None]:
 def _in_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if parameter.dtype == dtype:
         return parameter
-    kept = _known.get()
+    kept = known()
     if kept is None:
         return parameter.to(dtype)
     key = id(parameter), dtype
