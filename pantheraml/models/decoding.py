@@ -177,7 +177,8 @@ class Steps:
             except RuntimeError as error:
                 _unrecordable.add(self.model)
                 reason = next(iter(str(error).splitlines()), "")
-                log.once(f"generate: decoding steps of {type(self.model).__name__} cannot be recorded ({reason})")
+                name = type(self.model).__name__
+                log.once(f"generate: decoding steps of {name} cannot be recorded ({reason}), and run one by one")
             finally:
                 # Nothing of the step has run yet.
                 for layer, count in zip(self.counting, counts):
@@ -242,7 +243,7 @@ def _record(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 output = call()
-            except BaseException:
+            except BaseException:  # a recording left open would fail every later call
                 _abandon(graph)
                 raise
             graph.capture_end()

@@ -123,6 +123,34 @@ def test_parameters_are_converted_once_while_nobody_changes_them():
         assert not torch.equal(layer(x), before)
 
 
+def test_bases_are_not_copied_into_another_dtype():
+    model = adapted()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), step.weights_unchanged():
+        model(IDS)
+        kept = [parameter for parameter, _ in step.known().copies.values()]
+    adapters = {id(p) for name, p in model.named_parameters() if "lora_" in name}
+    assert kept
+    assert {id(parameter) for parameter in kept} <= adapters
+
+
+def test_a_small_call_in_training_drops_what_pefts_does():
+    model = nn.Sequential(nn.Linear(24, 40))
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["0"], lora_dropout=0.5))
+    layer = model.base_model.model[0]
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    adapt(model)
+    x = torch.randn(3, 1, 24)
+    results = []
+    with torch.no_grad():
+        for run in (layer, lambda x: stock_forward(layer, x)):
+            torch.manual_seed(2)
+            results.append(run(x))
+        layer.eval()
+        assert not torch.allclose(layer(x), results[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_a_step_is_a_small_call_that_records_no_gradient():
     x = torch.zeros(1, 1, 8)
     assert not step.is_step(x)

@@ -125,17 +125,18 @@ def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection |
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of a swapped LoRA layer: ``x [..., in_features]`` to ``[..., out_features]``."""
     x = args[0] if len(args) == 1 and not kwargs else None
-    step = isinstance(x, torch.Tensor) and is_step(x)
-    projection, dropout = None, 0.0
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        projection = _known_projection(self, x) if step else projection_of(self, x)
-    if projection is None and x is not None and self.training and self.active_adapters:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return stock_forward(self, *args, **kwargs)
+    step, dropout = is_step(x), 0.0
+    projection = _known_projection(self, x) if step else projection_of(self, x)
+    if projection is None and self.training:
         # Adapters that all drop the same share.
         dropout = next((_dropped(self, name) for name in self.active_adapters if name in self.lora_A), None) or 0.0
         projection = projection_of(self, x, dropout=dropout) if dropout else None
-    if projection is None or x is None:
-        return stock_forward(self, *args, **kwargs)
-    if step and (y := project(x.to(compute_dtype(x)), projection)) is not None:
+    if projection is None:
+        return stock_forward(self, x)
+    # A dropped share is for the op that draws it.
+    if step and not dropout and (y := project(x.to(compute_dtype(x)), projection)) is not None:
         return y
     first, *more = projection.adapters
     return kernels.lora_linear(

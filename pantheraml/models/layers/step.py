@@ -2,7 +2,7 @@
 
 What bounds them is the host's time to enqueue the work and the device's to read the weights. So modules outside a
 recorded graph run their stock forwards, which take less of the host's time than the fused ones, LoRA layers make one
-product for the base and two thin ones, and 4-bit weights are multiplied without being written out.
+product for the base and two thin ones, and 4-bit weights are multiplied with few rows without being written out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Known:
     """What was found out while nobody changes a weight; each entry with its key's object, so that the id stays its own.
 
     Attributes:
-        copies: Parameters in another dtype.
+        copies: Adapters and biases in another dtype.
         projections: What LoRA layers compute, with what they were then told about their adapters.
     """
 
@@ -67,6 +67,7 @@ def weights_unchanged() -> Iterator[None]:
 
 
 def _in_dtype(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A small parameter in a dtype, converted once. Copies of the bases would take half a model."""
     if parameter.dtype == dtype:
         return parameter
     kept = known()
@@ -97,7 +98,7 @@ def project(x: torch.Tensor, projection: Projection) -> torch.Tensor | None:
         y = kernels.nf4_matvec(rows, weight)
         y = y if bias is None else y.add_(bias)
     else:
-        y = functional.linear(rows, _in_dtype(weight if isinstance(weight, torch.Tensor) else weight(), dtype), bias)
+        y = functional.linear(rows, projection.dense(dtype), bias)
     for A, B, scaling in projection.adapters:
         thin = torch.mm(rows, _in_dtype(A, dtype).t())
         y.addmm_(thin, _in_dtype(B, dtype).t(), alpha=scaling)
