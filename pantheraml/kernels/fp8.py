@@ -120,12 +120,11 @@ def transpose_bytes_kernel(p_x, p_out, rows, width, stride, out_stride, TILE: tl
     tl.store(p_out + o_column[:, None] * out_stride + o_row[None, :], tl.trans(b_x), mask=tl.trans(m_tile))
 
 
-def _row_pieces(width: int, *, lanes: int = LANES) -> Pieces:
-    """How rows are cut: those of a power of two, and short ones, are one piece."""
+def _pieces(width: int, *, lanes: int = LANES) -> Pieces:
+    """How rows are cut; those of a power of two are one piece."""
     whole = launch_settings(width, where="fp8_quantize_rows", lanes=lanes)
-    if whole.rows > 1 or whole.block == width:
-        full = whole.block == width
-        return Pieces(1, 0, whole.block, whole.rows, whole.num_warps, (full, full))
+    if whole.block == width:
+        return Pieces(1, 0, width, whole.rows, whole.num_warps, (True, True))
     return row_pieces(width, lanes=lanes, elements=ROW_ELEMENTS, adjacent=16)
 
 
@@ -135,7 +134,7 @@ def _quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return values, scales.fill_(1.0)
-    pieces = _row_pieces(width)
+    pieces = _pieces(width)
     x, rows, stride = single_stride(x)
     with on_device(x):
         fp8_rows_kernel[(cdiv(rows, pieces.rows),)](
@@ -401,7 +400,7 @@ def variants() -> Iterator[Variant]:
             common = {"minimum": least and max(least, bfloat16_minimum(dtype)), "amd": amd}
             pointers = {"p_x": f"*{dtype}", "p_values": f"*{fp8}", "p_scales": "*fp32", **sizes}
             for width in (256, 2560, 4096):
-                pieces = _row_pieces(width, lanes=64 if amd else LANES)
+                pieces = _pieces(width, lanes=64 if amd else LANES)
                 yield Variant(
                     f"fp8_rows-{width}-{dtype}-{fp8}",
                     fp8_rows_kernel,

@@ -15,7 +15,7 @@ from ..errors import ConfigError, UnsupportedError
 from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
-from .nf4 import _scales
+from .nf4 import block_scales, nested_offset, weight_arguments
 from .reference import fp8 as fp8_reference
 from .reference import fp8_linear as reference
 from .reference.nf4 import Quantized4Bit
@@ -151,7 +151,8 @@ def nf4_to_fp8_kernel(
     m_row = o_row < rows
     m_block = m_row[:, None] & (o_block < blocks)[None, :]
     o_flat = o_row[:, None] * blocks + o_block[None, :]
-    b_scale = _scales(p_absmax, p_nested_absmax, p_nested_code, p_nested_offset, o_flat, m_block, NESTED_BLOCKSIZE)
+    b_offset = nested_offset(p_nested_offset)
+    b_scale = block_scales(p_absmax, p_nested_absmax, p_nested_code, b_offset, o_flat, m_block, NESTED_BLOCKSIZE)
     b_row_scale = tl.load(p_row_scales + o_row, mask=m_row, other=1.0)
     b_inverse = tl.div_rn(tl.full((ROWS,), 1.0, dtype=tl.float32), b_row_scale)
     b_scale = (b_scale * b_inverse[:, None])[:, :, None]
@@ -334,18 +335,12 @@ def nf4_to_fp8(
     tile_rows = max(1, min(tile_rows, tile_rows * tile_columns // (blocks * quantized.blocksize)))
     with on_device(out):
         nf4_to_fp8_kernel[(cdiv(rows, tile_rows), cdiv(width, blocks * quantized.blocksize))](
-            p_packed=quantized.packed,
-            p_absmax=quantized.absmax,
-            p_code=quantized.code,
-            p_nested_absmax=quantized.nested_absmax,
-            p_nested_code=quantized.nested_code,
-            p_nested_offset=quantized.nested_offset,
+            **weight_arguments(quantized),
             p_row_scales=row_scales,
             p_out=out,
             rows=rows,
             width=width,
             out_stride=out.stride(0),
-            NESTED_BLOCKSIZE=quantized.nested_blocksize or 1,
             ROWS=tile_rows,
             GROUPS=blocks,
             HALF=quantized.blocksize // 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,14 +25,44 @@ DEQUANTIZE_WARPS = 2
 
 
 @jit
-def _scales(
-    p_absmax, p_nested_absmax, p_nested_code, p_nested_offset, o_group, m_group, NESTED_BLOCKSIZE: tl.constexpr
-):
-    b_scale = tl.load(p_absmax + o_group, mask=m_group, other=0)
+def nested_offset(p_nested_offset):
+    """What is added to every nested scale; 0 without nested scales."""
+    b_offset = 0.0
+    if p_nested_offset is not None:
+        b_offset = tl.load(p_nested_offset)
+    return b_offset
+
+
+@jit
+def block_scales(p_absmax, p_nested_absmax, p_nested_code, b_offset, o_block, m_block, NESTED_BLOCKSIZE: tl.constexpr):
+    """Scales of blocks in float32; ``b_offset`` is what ``nested_offset`` returns."""
+    b_scale = tl.load(p_absmax + o_block, mask=m_block, other=0)
     if p_nested_absmax is not None:
-        b_outer = tl.load(p_nested_absmax + o_group // NESTED_BLOCKSIZE, mask=m_group, other=0.0)
-        b_scale = tl.load(p_nested_code + b_scale.to(tl.int32)) * b_outer + tl.load(p_nested_offset)
+        b_outer = tl.load(p_nested_absmax + o_block // NESTED_BLOCKSIZE, mask=m_block, other=0.0)
+        b_scale = tl.load(p_nested_code + b_scale.to(tl.int32)) * b_outer + b_offset
     return b_scale
+
+
+def weight_arguments(quantized: Quantized4Bit) -> dict[str, Any]:
+    """The arguments by which kernels take a 4-bit weight."""
+    return {
+        "p_packed": quantized.packed,
+        "p_absmax": quantized.absmax,
+        "p_code": quantized.code,
+        "p_nested_absmax": quantized.nested_absmax,
+        "p_nested_code": quantized.nested_code,
+        "p_nested_offset": quantized.nested_offset,
+        "NESTED_BLOCKSIZE": quantized.nested_blocksize or 1,
+    }
+
+
+def weight_variant(*, nested: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of these arguments, and those that are constants, for compilation ahead of time."""
+    of_nested = ("p_nested_absmax", "p_nested_code", "p_nested_offset")
+    types = {"p_packed": "*u8", "p_absmax": "*u8" if nested else "*fp32", "p_code": "*fp32"}
+    if nested:
+        return types | dict.fromkeys(of_nested, "*fp32"), {"NESTED_BLOCKSIZE": 256}
+    return types, {"NESTED_BLOCKSIZE": 1, **dict.fromkeys(of_nested)}
 
 
 @jit
@@ -57,11 +88,11 @@ def nf4_dequantize_kernel(
     i_group = tl.program_id(0).to(tl.int64) * GROUPS
     o_group = tl.arange(0, GROUPS)
     left = count - i_group * (2 * HALF)
-    b_scale = _scales(
+    b_scale = block_scales(
         p_absmax,
         p_nested_absmax,
         p_nested_code,
-        p_nested_offset,
+        nested_offset(p_nested_offset),
         i_group + o_group,
         o_group * (2 * HALF) < left,
         NESTED_BLOCKSIZE,
@@ -95,18 +126,12 @@ def _dequantize(quantized: Quantized4Bit, out: torch.Tensor) -> torch.Tensor:
     strided = not out.is_contiguous()
     with on_device(out):
         nf4_dequantize_kernel[(cdiv(count, groups * quantized.blocksize),)](
-            p_packed=quantized.packed,
-            p_absmax=quantized.absmax,
-            p_code=quantized.code,
-            p_nested_absmax=quantized.nested_absmax,
-            p_nested_code=quantized.nested_code,
-            p_nested_offset=quantized.nested_offset,
+            **weight_arguments(quantized),
             p_out=out,
             packed_bytes=cdiv(count, 2),
             count=count,
             width=width,
             out_stride=out.stride(0) if strided else width,
-            NESTED_BLOCKSIZE=quantized.nested_blocksize or 1,
             GROUPS=groups,
             HALF=half,
             STRIDED=strided,
@@ -162,23 +187,13 @@ def variants() -> Iterator[Variant]:
     """The compiled forms, for compilation ahead of time."""
     for dtype in ("fp16", "bf16", "fp32"):
         for nested in (False, True):
-            arguments = {
-                "p_packed": "*u8",
-                "p_absmax": "*u8" if nested else "*fp32",
-                "p_code": "*fp32",
-                "p_out": f"*{dtype}",
-                "width": "i32",
-                "out_stride": "i64",
-            }
-            nested_names = ("p_nested_absmax", "p_nested_code", "p_nested_offset")
-            constants = {"NESTED_BLOCKSIZE": 256} if nested else {"NESTED_BLOCKSIZE": 1, **dict.fromkeys(nested_names)}
-            if nested:
-                arguments |= dict.fromkeys(nested_names, "*fp32")
+            types, constants = weight_variant(nested=nested)
+            sizes = {"packed_bytes": "i64", "count": "i64", "width": "i32", "out_stride": "i64"}
             form = f"{dtype}-{'nested' if nested else 'plain'}"
             yield Variant(
                 name=f"nf4_dequantize-{form}",
                 kernel=nf4_dequantize_kernel,
-                arguments={**arguments, "packed_bytes": "i64", "count": "i64"},
+                arguments={**types, "p_out": f"*{dtype}", **sizes},
                 constants={**constants, "GROUPS": DEQUANTIZE_BYTES // 32, "HALF": 32, "STRIDED": False},
                 num_warps=DEQUANTIZE_WARPS,
                 minimum=bfloat16_minimum(dtype),

@@ -25,7 +25,7 @@ from ..errors import ConfigError, UnsupportedError
 from . import dispatch
 from ._triton import AVAILABLE, jit, on_device, tl, triton
 from ._variants import Variant, bfloat16_minimum
-from .nf4 import nf4_dequantize
+from .nf4 import block_scales, nested_offset, nf4_dequantize, weight_arguments, weight_variant
 from .reference.nf4 import Quantized4Bit
 from .utils import LANES, cdiv, processors
 
@@ -62,15 +62,6 @@ def _plane(b_words, j: tl.constexpr, DTYPE: tl.constexpr):
 def _look(b_table, b_index):
     """Entries of a table; by shuffles, or through shared memory where it is longer than a warp."""
     return tl.reshape(tl.gather(b_table, tl.reshape(b_index, (b_index.numel,)), 0), b_index.shape)
-
-
-@jit
-def _scales(p_absmax, p_nested_absmax, p_nested_code, b_offset, o_block, m_block, NESTED_BLOCKSIZE: tl.constexpr):
-    b_scale = tl.load(p_absmax + o_block, mask=m_block, other=0)
-    if p_nested_absmax is not None:
-        b_outer = tl.load(p_nested_absmax + o_block // NESTED_BLOCKSIZE, mask=m_block, other=0.0)
-        b_scale = tl.load(p_nested_code + b_scale.to(tl.int32)) * b_outer + b_offset
-    return b_scale
 
 
 @jit
@@ -123,9 +114,7 @@ def few_kernel(
     m_row = o_row < rows
     o_lane = tl.arange(0, WORDS)
     b_code = tl.load(p_code + tl.arange(0, 16))
-    b_offset = 0.0
-    if p_nested_offset is not None:
-        b_offset = tl.load(p_nested_offset)
+    b_offset = nested_offset(p_nested_offset)
     b_first = tl.zeros((ROWS, PIECES), tl.float32)
     b_second = tl.zeros((ROWS, PIECES), tl.float32)
     for start in range(0, pieces, PIECES):
@@ -140,7 +129,7 @@ def few_kernel(
             other=0,
             eviction_policy="evict_first",
         ).to(tl.int32)
-        b_scale = _scales(
+        b_scale = block_scales(
             p_absmax, p_nested_absmax, p_nested_code, b_offset, o_flat >> BLOCK_SHIFT, m_piece, NESTED_BLOCKSIZE
         )
         # The first element of a byte is in its high half.
@@ -204,9 +193,7 @@ def many_kernel(
     b_high = tl.load(p_code + (o_byte >> 4)).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     b_low = tl.load(p_code + (o_byte & 15)).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     b_pair = (b_high & 0xFFFF) | (b_low << 16)
-    b_offset = 0.0
-    if p_nested_offset is not None:
-        b_offset = tl.load(p_nested_offset)
+    b_offset = nested_offset(p_nested_offset)
     b_sum = tl.zeros((PARTS, ROWS, COLUMNS), tl.float32)
     for start in range(0, chunks, 4 * PARTS):
         o_first = start + 4 * tl.arange(0, PARTS)
@@ -225,7 +212,7 @@ def many_kernel(
                 b_scale = tl.load(p_nested_code + ((b_quad >> (8 * u)) & 255)) * b_outer + b_offset
             else:
                 o_block = (o_flat + u) >> BLOCK_SHIFT
-                b_scale = _scales(
+                b_scale = block_scales(
                     p_absmax, p_nested_absmax, p_nested_code, b_offset, o_block, m_chunk, NESTED_BLOCKSIZE
                 )
             b_word = tl.load(
@@ -255,36 +242,28 @@ def many_kernel(
     )
 
 
-class Few(NamedTuple):
-    """Launch of ``few_kernel``: vectors and rows a program, and its warps."""
+class Form(NamedTuple):
+    """Launch of a kernel: vectors, rows and warps a program."""
 
     vectors: int
     rows: int
     num_warps: int
 
 
-class Many(NamedTuple):
-    """Launch of ``many_kernel``: vectors, rows and warps a program."""
-
-    vectors: int
-    rows: int
-    num_warps: int
-
-
-def _few(vectors: int, rows: int, pieces: int, multiprocessors: int) -> Few:
+def _few(vectors: int, rows: int, pieces: int, multiprocessors: int) -> Form:
     """Two rows a program, or four with two vectors, and more warps a program the fewer rows there are."""
     # Two vectors: what is decoded serves twice, and with four rows so does what is read of the vectors; but not where
     # that leaves multiprocessors without work.
     rows_each = 4 if vectors > 1 and rows >= 16 * multiprocessors else 2
     wanted = min(FEW_WARPS * multiprocessors // cdiv(rows, 2), pieces // LANES, 2 if vectors > 1 else 4)
-    return Few(min(vectors, 2), rows_each, 1 << max(0, wanted.bit_length() - 1))
+    return Form(min(vectors, 2), rows_each, 1 << max(0, wanted.bit_length() - 1))
 
 
-def _many(vectors: int, chunks: int) -> Many:
+def _many(vectors: int, chunks: int) -> Form:
     """The least columns that hold the vectors, and no warp without a part of the weight's."""
     columns = 8 if vectors <= 8 else 16
     rows, warps = MANY[columns]
-    return Many(max(columns, LEAST_COLUMNS), rows, 1 << max(0, min(warps, cdiv(chunks, 4)).bit_length() - 1))
+    return Form(max(columns, LEAST_COLUMNS), rows, 1 << max(0, min(warps, cdiv(chunks, 4)).bit_length() - 1))
 
 
 def _on_matrix_units(dtype: torch.dtype, quantized: Quantized4Bit) -> bool:
@@ -313,15 +292,7 @@ def _matvec(x: torch.Tensor, quantized: Quantized4Bit) -> torch.Tensor:
     # Four elements are read as one word.
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    weight = {
-        "p_packed": quantized.packed,
-        "p_absmax": quantized.absmax,
-        "p_code": quantized.code,
-        "p_nested_absmax": quantized.nested_absmax,
-        "p_nested_code": quantized.nested_code,
-        "p_nested_offset": quantized.nested_offset,
-        "NESTED_BLOCKSIZE": quantized.nested_blocksize or 1,
-    }
+    weight = weight_arguments(quantized)
     given = {"p_x": x, "p_out": out, "vectors": vectors, "rows": rows, "x_stride": x.stride(0) // 4}
     with on_device(x):
         if vectors > 2 and _on_matrix_units(x.dtype, quantized):
@@ -398,22 +369,10 @@ def nf4_matvec(x: torch.Tensor, quantized: Quantized4Bit, *, backend: dispatch.B
 
 def variants() -> Iterator[Variant]:
     """The compiled forms, for compilation ahead of time."""
-    nested_names = ("p_nested_absmax", "p_nested_code", "p_nested_offset")
     for dtype in ("fp16", "bf16", "fp32"):
         for nested in (False, True):
-            arguments = {
-                "p_packed": "*u8",
-                "p_absmax": "*u8" if nested else "*fp32",
-                "p_code": "*fp32",
-                "p_x": f"*{dtype}",
-                "p_out": f"*{dtype}",
-                "vectors": "i32",
-                "rows": "i32",
-                "x_stride": "i32",
-            }
-            constants = {"NESTED_BLOCKSIZE": 256} if nested else {"NESTED_BLOCKSIZE": 1, **dict.fromkeys(nested_names)}
-            if nested:
-                arguments |= dict.fromkeys(nested_names, "*fp32")
+            arguments, constants = weight_variant(nested=nested)
+            arguments |= {"p_x": f"*{dtype}", "p_out": f"*{dtype}", "vectors": "i32", "rows": "i32", "x_stride": "i32"}
             form = f"{dtype}-{'nested' if nested else 'plain'}"
             for vectors, rows, warps in ((1, 2, 1), (1, 2, 4), (2, 2, 2), (2, 4, 1)):
                 sizes = {"VECTORS": vectors, "ROWS": rows, "PIECES": 32 * warps, "WORDS": WORDS}
