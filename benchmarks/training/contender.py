@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step on each rank")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    parser.add_argument("--checkpointing", type=json.loads, default="unsloth", help="JSON: true, false or a mode")
+    parser.add_argument("--checkpointing", type=json.loads, default='"unsloth"', help="JSON: true, false or a mode")
     parser.add_argument("--fsdp", action="store_true", help="shard the model over the ranks")
     parser.add_argument("--in-shards", action="store_true", help="load a shard on each rank (pantheraml alone)")
     parser.add_argument("--repeated", action="store_true", help="MODEL has one layer, which is read as every layer")
