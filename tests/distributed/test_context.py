@@ -11,6 +11,11 @@ from runs import losses_of, trained_weights
 LAYERS = 2
 # The first test waits for the launches.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
+EACH = [
+    pytest.param((*device.values, ranks), marks=device.marks, id=f"{device.id}-{ranks}")
+    for device in DEVICES
+    for ranks in (2, 4)
+]
 # Their layers do not run as one node.
 NO_NODE = ("experts", "balanced experts", "balanced experts, padded", "sinks")
 
@@ -25,6 +30,13 @@ def two(request, tmp_path_factory):
 def four(request, tmp_path_factory):
     """What four ranks found."""
     return launch_once("context_worker.py", 4, request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=EACH)
+def each(request, tmp_path_factory):
+    """What the ranks of one launch found."""
+    device, ranks = request.param
+    return launch_once("context_worker.py", ranks, device, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +95,19 @@ def test_long_sequences_in_half_precision_train_as_on_one_gpu(name, alone, tmp_p
         assert found["longest"] <= 8 * 4000 // 2
 
 
-def test_layers_run_as_one_node_on_no_more_than_a_share_of_the_tokens(two, four):
+def test_layers_run_as_one_node_on_no_more_than_a_share_of_the_tokens(each):
     # 17 rows of up to 40 tokens, of which at most 8 are joined into one.
-    for launched in (two, four):
-        for facts in launched.facts:
-            for run, found in facts.items():
-                name, _, size = run.rpartition(" by ")
-                if name not in SCENARIOS:
-                    continue
-                assert (found["node"] > 0) == (name not in NO_NODE), run
-                assert found["longest"] <= 8 * 40 // int(size), run
+    for facts in each.facts:
+        for run, found in facts.items():
+            name, _, size = run.rpartition(" by ")
+            if name not in SCENARIOS:
+                continue
+            assert (found["node"] > 0) == (name not in NO_NODE), run
+            assert found["longest"] <= 8 * 40 // int(size), run
 
 
-def test_ranks_that_left_their_group_meet_again(two, four):
-    assert [facts["rejoined"] for facts in two.facts + four.facts] == [1] * 2 + [6] * 4
+def test_ranks_that_left_their_group_meet_again(each):
+    assert [facts["rejoined"] for facts in each.facts] == {2: [1] * 2, 4: [6] * 4}[len(each.facts)]
 
 
 def test_padding_is_no_token(two, alone):
