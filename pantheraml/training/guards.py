@@ -2,11 +2,16 @@
 
 The check runs between backward and the optimizer's step, costs one reading from the device a step, and comes out the
 same on every rank. See the numerics rules of torchtitan (https://github.com/pytorch/torchtitan) for the idea.
+
+An optimizer that takes torch's ``found_inf``, as the fused ones do, is told on the device, and read is only when the
+step has ended: what the host does in between, a few milliseconds, it does while the backward still runs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +26,25 @@ from .steps import StepWatch
 # Rows of the training set that are compared with an offending batch to name it.
 _ROWS_SEARCHED = 50_000
 CHOICES = ("raise", "skip")
+
+
+@dataclass(slots=True)
+class _Told:
+    """A step whose optimizer has been told on the device.
+
+    Attributes:
+        optimizer: The optimizer.
+        step: Number of the step, from 1.
+        facts: As ``_agree`` makes them, on their way to the host.
+        ready: When they have arrived, or None where the host has them.
+        gradients: Parameters and their gradients, which the trainer drops before the facts are read.
+    """
+
+    optimizer: Any
+    step: int
+    facts: torch.Tensor
+    ready: torch.cuda.Event | None
+    gradients: list[tuple[nn.Parameter, torch.Tensor]]
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -54,18 +78,74 @@ class NonFiniteGuard(TrainerCallback):
         self._patience = patience
         self._in_a_row = 0
         self._total_loss = 0.0
+        self._told: _Told | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the step that is about to be made."""
-        watch, model = self._watch, kwargs["model"]
+        """Look at the step that is about to be made, or tell the optimizer to."""
+        model = kwargs["model"]
         loss, gradient = self._find_bad(model)
-        bad, tokens, ranks = self._agree(loss, gradient, sum(watch.tokens))
+        facts = self._agree(loss, gradient, sum(self._watch.tokens))
+        optimizer = _innermost(kwargs.get("optimizer"))
+        gradients = self._gradients_of(optimizer)
+        if gradients is None:
+            self._judge(facts.tolist(), state.global_step + 1, model, None)
+            return
+        # Exactly 1 stops the update; the two attributes are how torch's GradScaler tells an optimizer.
+        optimizer.grad_scale, optimizer.found_inf = None, (facts[0] > 0).float()
+        ready = None
+        if facts.is_cuda:
+            facts, ready = facts.to("cpu", non_blocking=True), torch.cuda.Event()
+            ready.record()
+        self._told = _Told(optimizer, state.global_step + 1, facts, ready, gradients)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the optimizer was told is of this step alone."""
+        if self._told is not None:
+            del self._told.optimizer.grad_scale, self._told.optimizer.found_inf
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step that the optimizer made, or left out."""
+        told, self._told = self._told, None
+        if told is None:
+            return
+        if told.ready is not None:
+            told.ready.synchronize()
+        self._judge(told.facts.tolist(), told.step, kwargs["model"], told.gradients)
+
+    def _gradients_of(self, optimizer: Any) -> list[tuple[nn.Parameter, torch.Tensor]] | None:
+        """What the optimizer is about to step by, where it can be told on the device whether to; None elsewhere."""
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        if not getattr(optimizer, "_step_supports_amp_scaling", False) or (scaler is not None and scaler.is_enabled()):
+            return None
+        gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # A sharded parameter's update does not mix with a plain tensor.
+        return None if any(hasattr(p, "full_tensor") for p, _ in gradients) else gradients
+
+    def _judge(
+        self,
+        facts: list[int],
+        step: int,
+        model: nn.Module,
+        gradients: Sequence[tuple[nn.Parameter, torch.Tensor]] | None,
+    ) -> None:
+        """Count a step, and stop or skip where its facts are bad.
+
+        Args:
+            facts: As ``_agree`` makes them, of all ranks.
+            step: Its number, from 1.
+            model: The model.
+            gradients: Of a step that the optimizer has left out by itself; None before the optimizer's step.
+        """
+        watch, args = self._watch, self._trainer.args
+        bad, tokens, stops, *losses = facts
+        self.stop_agreed = stops > 0
         watch.trained_tokens += tokens
         if not bad:
             self._in_a_row = 0
             watch.clear()
             return
-        message = self._describe(state.global_step + 1, model, ranks)
+        ranks = [rank for rank, is_bad in enumerate(losses) if is_bad]
+        message = self._describe(step, model, ranks, gradients)
         model.zero_grad(set_to_none=True)
         watch.clear()
         self.skipped += 1
@@ -112,24 +192,26 @@ class NonFiniteGuard(TrainerCallback):
             bad = bad | ~torch.isfinite(norm.to(bad.device))
         return loss_is_bad, bad
 
-    def _agree(
-        self, loss: torch.Tensor, gradient: torch.Tensor, tokens: torch.Tensor | int
-    ) -> tuple[bool, int, list[int]]:
-        """Whether any rank's step is bad, the tokens of all ranks, and the ranks whose loss is bad. One reading."""
+    def _agree(self, loss: torch.Tensor, gradient: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
+        """Over all ranks: how many steps are bad, the tokens, who wants to stop; for each rank if its loss is bad."""
         args = self._trainer.args
         facts = torch.zeros(3 + args.world_size, dtype=torch.int64, device=loss.device)
         facts[0] = loss | gradient
-        facts[1] = torch.as_tensor(tokens, device=loss.device)
+        facts[1] = tokens
         if self.stop_asked:
             facts[2] = 1
         facts[3 + args.process_index] = loss
         if args.world_size > 1 and dist.is_available() and dist.is_initialized():
             dist.all_reduce(facts)
-        count, total, stops, *losses = facts.tolist()
-        self.stop_agreed = stops > 0
-        return count > 0, total, [rank for rank, is_bad in enumerate(losses) if is_bad]
+        return facts
 
-    def _describe(self, step: int, model: nn.Module, ranks: list[int]) -> str:
+    def _describe(
+        self,
+        step: int,
+        model: nn.Module,
+        ranks: list[int],
+        gradients: Sequence[tuple[nn.Parameter, torch.Tensor]] | None,
+    ) -> str:
         """Say what is not finite and where, as far as this rank knows; ``ranks`` are those whose loss is not."""
         watch, args = self._watch, self._trainer.args
         if ranks and args.process_index not in ranks:
@@ -143,10 +225,12 @@ class NonFiniteGuard(TrainerCallback):
                 watch.inputs[index]
             )
         norm = "unknown" if watch.grad_norm is None else float(watch.grad_norm)
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-        trained = sum(parameter.grad is not None for parameter in model.parameters())
+        if gradients is None:
+            gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+        of = {id(parameter): gradient for parameter, gradient in gradients}
+        bad = [name for name, p in model.named_parameters() if id(p) in of and not _is_finite(of[id(p)])]
         # Clipping by a NaN norm spreads it over all gradients: then no parameter can be named.
-        named = f", first in {bad[0]}" if bad and len(bad) < trained else ""
+        named = f", first in {bad[0]}" if bad and len(bad) < len(of) else ""
         rows = "".join(dict.fromkeys(self._rows(ids) for ids in watch.inputs)) if len(watch.inputs) == 1 else ""
         rows = rows if args.world_size == 1 else ""
         return f"the gradient is not finite (norm {norm}) in step {step}{named}{rows}"
@@ -154,6 +238,11 @@ class NonFiniteGuard(TrainerCallback):
     def _rows(self, ids: torch.Tensor | None) -> str:
         rows = find_rows(self._trainer.train_dataset, ids)
         return f", rows {', '.join(map(str, rows))} of the training set" if rows else ""
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _gradient_norm(model: nn.Module) -> torch.Tensor | None:

@@ -41,11 +41,16 @@ def make(scale=None, **options):
     )
     guard = NonFiniteGuard(trainer, StepWatch(trainer), **options)
 
-    def step(x, norm=1.0):
+    def step(x, norm=1.0, optimizer=None):
         trainer.training_step(model, {"x": x, "attention_mask": torch.ones(2, 5)})
         if norm is not None:
             trainer.accelerator.clip_grad_norm_(model.parameters(), norm)
-        guard.on_pre_optimizer_step(args, SimpleNamespace(global_step=4), None, model=model)
+        guard.on_pre_optimizer_step(args, SimpleNamespace(global_step=4), None, model=model, optimizer=optimizer)
+        if optimizer is not None:
+            optimizer.step()
+            guard.on_optimizer_step(args, SimpleNamespace(global_step=4), None, model=model, optimizer=optimizer)
+            model.zero_grad()
+            guard.on_step_end(args, SimpleNamespace(global_step=5), None, model=model, optimizer=optimizer)
 
     return guard, step, model
 
@@ -62,6 +67,62 @@ def test_good_steps_pass_and_bad_ones_do_not(norm):
         step(BAD, norm)
     assert model.weight.grad is None
     assert guard.skipped == 1
+
+
+def states_of(optimizer):
+    return [value.clone() for state in optimizer.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_an_optimizer_that_is_told_on_the_device_leaves_a_bad_step_out(wrapped):
+    guard, step, model = make(action="skip")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    given = SimpleNamespace(optimizer=optimizer, step=optimizer.step) if wrapped else optimizer
+    before = model.weight.clone()
+    step(GOOD, optimizer=given)
+    weight, states = model.weight.clone(), states_of(optimizer)
+    assert not torch.equal(weight, before)
+    step(BAD, optimizer=given)
+    assert guard.skipped == 1
+    assert torch.equal(model.weight, weight)
+    assert all(map(torch.equal, states_of(optimizer), states))
+    assert not hasattr(optimizer, "found_inf")
+    # As if the bad step had not been.
+    step(GOOD, optimizer=given)
+    other, again, same = make()
+    same.load_state_dict({"weight": before})
+    plain = torch.optim.AdamW(same.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    for _ in range(2):
+        again(GOOD, optimizer=plain)
+    assert other.skipped == 0
+    assert torch.equal(model.weight, same.weight)
+    assert guard._watch.trained_tokens == 30
+
+
+def test_a_bad_step_that_the_optimizer_left_out_is_named_and_ends_training():
+    _, step, model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    weight = model.weight.clone()
+    with pytest.raises(NonFiniteError, match="the loss is nan in step 5, micro-batch 1 of 1"):
+        step(BAD, optimizer=optimizer)
+    assert torch.equal(model.weight, weight)
+    _, step, model = make()
+    model.register_parameter("other", nn.Parameter(torch.ones(2)))
+    model.other.grad = torch.tensor([1.0, float("inf")])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    # The gradients are gone by then, and were kept to be named.
+    with pytest.raises(NonFiniteError, match=r"gradient is not finite \(norm inf\) in step 5, first in other"):
+        step(GOOD, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("kind", ["not fused", "scaled"])
+def test_an_optimizer_that_cannot_be_told_is_not(kind):
+    guard, step, model = make(1024.0 if kind == "scaled" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=kind == "scaled")
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append((guard._told, hasattr(optimizer, "found_inf"))))
+    step(GOOD, optimizer=optimizer)
+    assert seen == [(None, False)]
 
 
 def test_tokens_are_counted_without_padding():
