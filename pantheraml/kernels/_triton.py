@@ -7,6 +7,7 @@ functions that nobody calls: ``dispatch.resolve`` answers "reference" there, or 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ else:
 
         AVAILABLE = True
 
+
+# For functions that make a ``Launch`` from sizes: a step has those of the step before.
+remembered = functools.lru_cache(maxsize=4096, typed=True)
 
 _HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 

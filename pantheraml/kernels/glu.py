@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
-from ._triton import jit, on_device, tl
+from ._triton import Launch, jit, on_device, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.glu import ACTIVATIONS, split
 from .reference.glu import glu as glu_reference
@@ -247,30 +247,68 @@ def _buffer(like: torch.Tensor, width: int, out: torch.Tensor | None) -> tuple[t
     return tensor, stride
 
 
+@remembered
+def _forward_launch(rows: int, width: int, gate_stride: int, up_stride: int, out_stride: int, spec: GluSpec) -> Launch:
+    grid = _Grid.over(rows, width, gate_stride, up_stride, out_stride)
+    return Launch(
+        _glu_forward_kernel,
+        (grid.rows * grid.blocks,),
+        ("gate", "up", "out", "scale"),
+        width=grid.width,
+        blocks=grid.blocks,
+        gate_stride=gate_stride,
+        up_stride=up_stride,
+        out_stride=out_stride,
+        **spec.arguments(),
+        FP8_MAX=0.0,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+
+
+@remembered
+def _backward_launch(
+    rows: int,
+    width: int,
+    dout_stride: int,
+    gate_stride: int,
+    up_stride: int,
+    dgate_stride: int,
+    dup_stride: int,
+    out_stride: int,
+    spec: GluSpec,
+) -> Launch:
+    strides = {
+        "dout_stride": dout_stride,
+        "gate_stride": gate_stride,
+        "up_stride": up_stride,
+        "dgate_stride": dgate_stride,
+        "dup_stride": dup_stride,
+        "out_stride": out_stride,
+    }
+    grid = _Grid.over(rows, width, *strides.values())
+    return Launch(
+        _glu_backward_kernel,
+        (grid.rows * grid.blocks,),
+        ("dout", "gate", "up", "dgate", "dup", "out"),
+        width=grid.width,
+        blocks=grid.blocks,
+        **strides,
+        **spec.arguments(),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+
+
 def glu_forward(
     gate: torch.Tensor, up: torch.Tensor | None, spec: GluSpec, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Launch the forward kernel. ``up=None`` means that ``gate`` is ``[..., 2 I]`` with gate and up in turn."""
     gate, up, rows, width, gate_stride, up_stride = _operands(gate, up)
     result, out_stride = _buffer(gate, width, out)
-    grid = _Grid.over(rows, width, gate_stride, up_stride, out_stride)
-    if grid.rows * grid.width:
+    if rows * width:
         with on_device(gate):
-            _glu_forward_kernel[(grid.rows * grid.blocks,)](
-                gate=gate,
-                up=up,
-                out=result,
-                scale=None,
-                width=grid.width,
-                blocks=grid.blocks,
-                gate_stride=gate_stride,
-                up_stride=up_stride,
-                out_stride=out_stride,
-                **spec.arguments(),
-                FP8_MAX=0.0,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+            _forward_launch(rows, width, gate_stride, up_stride, out_stride, spec)(gate, up, result, None)
     return result
 
 
@@ -336,28 +374,10 @@ def glu_backward(
         dup, dup_stride = _buffer(up, width, dup)
     if out is not None:
         out, out_stride = _buffer(gate, width, out)
-    grid = _Grid.over(rows, width, gate_stride, up_stride, dout_stride, dgate_stride, dup_stride, out_stride)
-    if grid.rows * grid.width:
+    if rows * width:
+        strides = (dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride)
         with on_device(gate):
-            _glu_backward_kernel[(grid.rows * grid.blocks,)](
-                dout=dout,
-                gate=gate,
-                up=up,
-                dgate=dgate,
-                dup=dup,
-                out=out,
-                width=grid.width,
-                blocks=grid.blocks,
-                dout_stride=dout_stride,
-                gate_stride=gate_stride,
-                up_stride=up_stride,
-                dgate_stride=dgate_stride,
-                dup_stride=dup_stride,
-                out_stride=out_stride,
-                **spec.arguments(),
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+            _backward_launch(rows, width, *strides, spec)(dout, gate, up, dgate, dup, out)
     return dgate, dup
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import Launch, jit, on_device, tl
+from ._triton import Launch, jit, on_device, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .utils import cdiv, next_power_of_2, processors
 
@@ -30,8 +30,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 NARROW_PROGRAMS = 2
 GRADIENT_PROGRAMS = 2
 COMBINE_TILE = 1024
-# Sizes whose launches are remembered.
-_REMEMBERED = 4096
 # Shared memory of a program that every chip has, that the largest have, and what a kernel keeps besides its stages.
 LEAST_SHARED, MOST_SHARED = 64 * 1024, 227 * 1024
 SHARED_RESERVE = 8 * 1024
@@ -313,7 +311,7 @@ _FIRST, _SECOND = (
 )
 
 
-@functools.lru_cache(_REMEMBERED)
+@remembered
 def _combination(first: _Sum, second: _Sum | None, scaling: float) -> Launch:
     programs = cdiv(first.rows * first.rank, COMBINE_TILE)
     more = 0 if second is None else cdiv(second.rows * second.rank, COMBINE_TILE)
@@ -341,7 +339,7 @@ def _add_up(jobs: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> No
         _combination(sums[0], sums[1] if len(sums) == 2 else None, scaling)(*jobs[0], *second)
 
 
-@functools.lru_cache(_REMEMBERED)
+@remembered
 def _narrowing(
     rows: int,
     width: int,
@@ -406,7 +404,7 @@ def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int
     return out
 
 
-@functools.lru_cache(_REMEMBERED)
+@remembered
 def _widening(
     rows: int,
     width: int,
@@ -481,7 +479,7 @@ class _Gradients(NamedTuple):
     parts: int
 
 
-@functools.lru_cache(_REMEMBERED)
+@remembered
 def _differentiation(
     rows: int,
     width: int,

@@ -137,11 +137,18 @@ def _pieces(terms: Sequence[Term]) -> list[slice]:
 
 def by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
     """Whether Triton's kernels make the thin products beside this wide factor [T, W], or torch does."""
-    backend = terms[0].backend
-    rank = sum(term.rank for term in terms)
-    if not low_rank.serves(wide, rank) or (backend == "auto" and wide.shape[0] < KERNEL_ROWS):
-        return False
-    return dispatch.resolve("lora_linear", wide, backend) == "triton"
+    return each_by_kernels(wide, [terms])[0]
+
+
+def each_by_kernels(wide: torch.Tensor, groups: Sequence[Sequence[Term]]) -> list[bool]:
+    """``by_kernels`` of groups of terms with one backend beside factors like this one."""
+    backend = groups[0][0].backend
+    if backend == "auto" and wide.shape[0] < KERNEL_ROWS:
+        return [False] * len(groups)
+    served = [low_rank.serves(wide, sum([term.rank for term in terms])) for terms in groups]
+    if any(served) and dispatch.resolve("lora_linear", wide, backend) != "triton":
+        return [False] * len(groups)
+    return served
 
 
 def thin_product(
@@ -171,6 +178,7 @@ def project(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     rows: Fp8Matrix | None = None,
+    kernels: bool | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Outputs of all terms for ``x`` [T, I], and ``u @ A.T`` for the backward.
 
@@ -182,9 +190,10 @@ def project(
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
         rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
+        kernels: What ``by_kernels`` would return, for a caller that has asked.
     """
     dtype = x.dtype
-    kernels = by_kernels(u, terms)
+    kernels = (by_kernels(u, terms) if kernels is None else kernels) and u.stride(1) == 1
     skinny = thin_product(u, terms, A, kernels=kernels)
     outputs = []
     shared = Fp8Input(x, rows)
@@ -304,6 +313,7 @@ def project_backward(
     need_x: bool,
     need_u: bool,
     A: torch.Tensor | None = None,
+    kernels: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[TermGradients]]:
     """Gradients of ``project``.
 
@@ -317,14 +327,16 @@ def project_backward(
         need_x: Whether the base's input does.
         need_u: Whether the adapters' input does, when it is another tensor. Otherwise its gradient joins that of x.
         A: What ``joined_A`` would return, for a caller that has it.
+        kernels: What ``by_kernels`` would return, for a caller that has asked.
 
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
     """
     first = next(grad for grad in grads if grad is not None)
     dtype, rows = first.dtype, first.shape[0]
-    kernels = by_kernels(first, terms) and all(grad is None or grad.stride(1) == 1 for grad in grads)
-    kernels = kernels and (not isinstance(u, torch.Tensor) or u.stride(1) == 1)
+    wide = [x for x in (*grads, u) if isinstance(x, torch.Tensor)]
+    kernels = by_kernels(first, terms) if kernels is None else kernels
+    kernels = kernels and all(x.stride(1) == 1 for x in wide)
     if A is None:
         A = joined_A(terms, None if kernels else dtype)
     elif not kernels:

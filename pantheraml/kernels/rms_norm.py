@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
 from ._row_pieces import chips, columns_of, load_parameter, mask_of, row_pieces, store_partial, sum_partials
-from ._triton import jit, on_device, tl
+from ._triton import Launch, jit, on_device, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.numerics import quantize_rows
 from .reference.rms_norm import rms_norm as rms_norm_reference
@@ -28,6 +28,7 @@ from .utils import (
     require_floating,
     require_same_device,
     require_shape,
+    require_width,
 )
 
 CASTINGS = ("input", "float32")
@@ -287,6 +288,69 @@ class Forward(NamedTuple):
     scales: torch.Tensor | None
 
 
+@remembered
+def _forward_launch(
+    count: int,
+    inner: int,
+    outer_stride: int,
+    inner_stride: int,
+    width: int,
+    eps: float,
+    offset: float,
+    casting: str,
+    fp8: torch.dtype | None,
+) -> Launch:
+    settings = launch_settings(width, where="rms_norm")
+    return Launch(
+        _rms_norm_forward_kernel,
+        (cdiv(count, settings.rows),),
+        ("x", "residual", "weight", "y", "total", "rstd", "scale"),
+        count=count,
+        width=width,
+        inner=inner,
+        outer_stride=outer_stride,
+        inner_stride=inner_stride,
+        eps=eps,
+        offset=offset,
+        CAST_TO_INPUT=casting == "input",
+        FP8_MAX=torch.finfo(fp8).max if fp8 is not None else 0.0,
+        ROWS=settings.rows,
+        BLOCK=settings.block,
+        num_warps=settings.num_warps,
+    )
+
+
+@remembered
+def _backward_launch(
+    count: int,
+    inner: int,
+    outer_stride: int,
+    inner_stride: int,
+    width: int,
+    offset: float,
+    programs: int,
+    fetched: int | None,
+) -> Launch:
+    """``fetched`` bytes an element of the operands are in flight; None where a program takes one tile."""
+    pieces = row_pieces(width, where="rms_norm")
+    return Launch(
+        _rms_norm_backward_kernel,
+        (programs,),
+        ("dy", "dtotal", "h", "weight", "rstd", "dx", "dweight"),
+        count=count,
+        width=width,
+        inner=inner,
+        outer_stride=outer_stride,
+        inner_stride=inner_stride,
+        offset=offset,
+        tiles=cdiv(count, pieces.rows),
+        programs=programs,
+        STAGES=1 if fetched is None else pieces.stages(fetched),
+        **pieces.constants,
+        num_warps=pieces.num_warps,
+    )
+
+
 def rms_norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -300,7 +364,7 @@ def rms_norm_forward(
 ) -> Forward:
     """Launch the forward kernel; see ``rms_norm``. ``save`` keeps ``rstd``. For hand-written backward passes."""
     width = x.shape[-1]
-    settings = launch_settings(width, where="rms_norm")
+    require_width(width, "rms_norm")
     if residual is not None and x.stride() != residual.stride():
         x, residual = x.contiguous(), residual.contiguous()
     rows = as_rows(x)
@@ -319,27 +383,10 @@ def rms_norm_forward(
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if fp8 is not None else None
     if rows.count:
         with on_device(x):
-            _rms_norm_forward_kernel[(cdiv(rows.count, settings.rows),)](
-                x=rows.tensor,
-                residual=residual,
-                weight=weight,
-                y=y,
-                total=total if residual is not None else None,
-                rstd=rstd,
-                scale=scales,
-                count=rows.count,
-                width=width,
-                inner=rows.inner,
-                outer_stride=rows.outer_stride,
-                inner_stride=rows.inner_stride,
-                eps=eps,
-                offset=offset,
-                CAST_TO_INPUT=casting == "input",
-                FP8_MAX=torch.finfo(fp8).max if fp8 is not None else 0.0,
-                ROWS=settings.rows,
-                BLOCK=settings.block,
-                num_warps=settings.num_warps,
+            launch = _forward_launch(
+                rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, eps, offset, casting, fp8
             )
+            launch(rows.tensor, residual, weight, y, total if residual is not None else None, rstd, scales)
     return Forward(y, total, rstd, scales)
 
 
@@ -378,29 +425,13 @@ def rms_norm_backward(
     tiles = cdiv(rows.count, pieces.rows)
     programs = pieces.programs(total, tiles) if trained else tiles
     partial = torch.empty((programs, width), dtype=torch.float32, device=total.device) if trained else None
-    fetched = sum(operand.element_size() for operand in (dy, dtotal, total) if operand is not None)
+    fetched = sum(x.element_size() for x in (dy, dtotal, total) if x is not None) if trained else None
     if rows.count:
         with on_device(total):
-            _rms_norm_backward_kernel[(programs,)](
-                dy=dy,
-                dtotal=dtotal,
-                h=rows.tensor,
-                weight=weight,
-                rstd=rstd,
-                dx=dx,
-                dweight=partial,
-                count=rows.count,
-                width=width,
-                inner=rows.inner,
-                outer_stride=rows.outer_stride,
-                inner_stride=rows.inner_stride,
-                offset=offset,
-                tiles=tiles,
-                programs=programs,
-                STAGES=pieces.stages(fetched) if trained else 1,
-                **pieces.constants,
-                num_warps=pieces.num_warps,
+            launch = _backward_launch(
+                rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, offset, programs, fetched
             )
+            launch(dy, dtotal, rows.tensor, weight, rstd, dx, partial)
     if partial is None or weight is None:
         return dx, None
     return dx, sum_partials([partial], [weight.dtype])[0]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
-from ._triton import jit, on_device, tl
+from ._triton import Launch, jit, on_device, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import rotary as rotary_reference
 from .utils import LANES, MAX_THREADS, cdiv, next_power_of_2, require_floating, require_same_device, require_shape
@@ -334,6 +334,66 @@ def token_settings(q_heads: int, k_heads: int, pairs: int) -> HeadSettings:
     return head_settings(q_heads, k_heads, pairs, min(max(PAIRS, least), MAX_THREADS * PAIRS_PER_THREAD))
 
 
+@remembered
+def _launch(
+    q_shape: torch.Size,
+    k_heads: int,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    q_out_strides: tuple[int, ...],
+    k_out_strides: tuple[int, ...],
+    turned: int,
+    cos_strides: tuple[int, ...],
+    position_strides: tuple[int, ...] | None,
+    layout: str,
+    sections: tuple[int, int, int] | None,
+    head: int,
+    backward: bool,
+    inplace: bool,
+) -> Launch:
+    token = 3 - head
+    half = turned // 2
+    rest = q_shape[-1] - turned
+    block = next_power_of_2(half)
+    settings = token_settings(q_shape[head], k_heads, block)
+    first, second, _ = sections or (0, 0, 0)
+    strides = {
+        f"{name}_{axis}": by[at]
+        for name, by in (("q", q_strides), ("k", k_strides), ("qo", q_out_strides), ("ko", k_out_strides))
+        for axis, at in (("batch", 0), ("head", head), ("token", token))
+    }
+    table = position_strides is not None
+    return Launch(
+        _rotary_kernel,
+        (q_shape[0] * q_shape[token],),
+        ("q", "k", "q_out", "k_out", "cos", "sin", "position_ids"),
+        tokens=q_shape[token],
+        q_heads=q_shape[head],
+        k_heads=k_heads,
+        half=half,
+        rest=rest,
+        **strides,
+        cos_axis=0 if table else cos_strides[0],
+        cos_batch=0 if table else cos_strides[1],
+        cos_row=cos_strides[-2],
+        position_axis=position_strides[0] if position_strides is not None else 0,
+        position_batch=position_strides[1] if position_strides is not None else 0,
+        position_token=position_strides[2] if position_strides is not None else 0,
+        section_1=first,
+        section_2=first + second,
+        INTERLEAVED=layout == "interleaved",
+        SECTIONS=sections is not None,
+        BACKWARD=backward,
+        COPY_REST=rest > 0 and not inplace,
+        Q_BLOCKS=settings.q_blocks,
+        K_BLOCKS=settings.k_blocks,
+        HEADS=settings.heads,
+        HALF=block,
+        REST=next_power_of_2(rest),
+        num_warps=settings.num_warps,
+    )
+
+
 def rotary_launch(
     q: torch.Tensor, k: torch.Tensor, angles: Angles, *, backward: bool = False, inplace: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -341,61 +401,26 @@ def rotary_launch(
     if not inplace:
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-    head, token = (1, 2) if angles.head_axis == 1 else (2, 1)
-    half = angles.cos.shape[-1] // 2
-    rest = q.shape[-1] - 2 * half
-    block = next_power_of_2(half)
-    q_heads, k_heads = q.shape[head], k.shape[head]
-    settings = token_settings(q_heads, k_heads, block)
-    cos, positions = angles.cos, angles.position_ids
-    programs = q.shape[0] * q.shape[token]
-    sections = angles.sections or (0, 0, 0)
-    if programs:
+    head, cos, positions = angles.head_axis, angles.cos, angles.position_ids
+    if q.shape[0] * q.shape[3 - head]:
+        launch = _launch(
+            q.shape,
+            k.shape[head],
+            q.stride(),
+            k.stride(),
+            q_out.stride(),
+            k_out.stride(),
+            cos.shape[-1],
+            cos.stride(),
+            None if positions is None else positions.stride(),
+            angles.layout,
+            angles.sections,
+            head,
+            backward,
+            inplace,
+        )
         with on_device(q):
-            _rotary_kernel[(programs,)](
-                q=q,
-                k=k,
-                q_out=q_out,
-                k_out=k_out,
-                cos=cos,
-                sin=angles.sin,
-                position_ids=positions,
-                tokens=q.shape[token],
-                q_heads=q_heads,
-                k_heads=k_heads,
-                half=half,
-                rest=rest,
-                q_batch=q.stride(0),
-                q_head=q.stride(head),
-                q_token=q.stride(token),
-                k_batch=k.stride(0),
-                k_head=k.stride(head),
-                k_token=k.stride(token),
-                qo_batch=q_out.stride(0),
-                qo_head=q_out.stride(head),
-                qo_token=q_out.stride(token),
-                ko_batch=k_out.stride(0),
-                ko_head=k_out.stride(head),
-                ko_token=k_out.stride(token),
-                cos_axis=cos.stride(0) if positions is None else 0,
-                cos_batch=cos.stride(1) if positions is None else 0,
-                cos_row=cos.stride(-2),
-                position_axis=positions.stride(0) if positions is not None else 0,
-                position_batch=positions.stride(1) if positions is not None else 0,
-                position_token=positions.stride(2) if positions is not None else 0,
-                section_1=sections[0],
-                section_2=sections[0] + sections[1],
-                INTERLEAVED=angles.layout == "interleaved",
-                SECTIONS=angles.sections is not None,
-                BACKWARD=backward,
-                COPY_REST=rest > 0 and not inplace,
-                Q_BLOCKS=settings.q_blocks,
-                K_BLOCKS=settings.k_blocks,
-                HEADS=settings.heads,
-                HALF=block,
-                REST=next_power_of_2(rest),
-                num_warps=settings.num_warps,
-            )
+            launch(q, k, q_out, k_out, cos, angles.sin, positions)
     return q_out, k_out
 
 

@@ -27,7 +27,7 @@ from ...kernels.projections import (
     Static,
     Term,
     TermGradients,
-    by_kernels,
+    each_by_kernels,
     flatten,
     joined_A,
     needs_of,
@@ -39,7 +39,7 @@ from ...kernels.projections import (
 from ...parallel.context import ContextGroup
 from .attended import Attended, Lying, Memories, attend, lying
 from .levels import Host, Keep, Level, Offload
-from .pieces import Norm, NormedTurn, Turn, activate, activate_backward
+from .pieces import Fused, Norm, NormedTurn, Turn, activate, activate_backward
 
 # Rows of one pass through an MLP: 2 x 14,336 columns of gate and up are 0.5 GB of them in bfloat16. With twice as many
 # products are not faster on an H100, and the allocator loses more between the pieces and what is smaller.
@@ -175,6 +175,39 @@ def _working(
     return working, joined
 
 
+@dataclass(slots=True)
+class _Group:
+    """Projections of one input, with all their A below one another and whether kernels make the thin products."""
+
+    terms: Sequence[Term]
+    A: torch.Tensor | None
+    kernels: bool
+
+    def project(
+        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """As ``project``."""
+        return project(x, x, self.terms, A=self.A, residual=residual, out=out, kernels=self.kernels)
+
+    def thin(self, x: torch.Tensor) -> torch.Tensor | None:
+        """As ``thin_product``."""
+        return thin_product(x, self.terms, self.A, kernels=self.kernels and x.stride(1) == 1)
+
+    def backward(
+        self,
+        grads: Sequence[torch.Tensor],
+        x: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor] | None,
+        skinny: torch.Tensor | None,
+        needs: Sequence[Needs],
+    ) -> tuple[torch.Tensor, list[TermGradients]]:
+        """As ``project_backward``, with the gradient of x always."""
+        grad_x, _, found = project_backward(
+            grads, x, skinny, self.terms, needs, need_x=True, need_u=False, A=self.A, kernels=self.kernels
+        )
+        assert grad_x is not None
+        return grad_x, found
+
+
 class _Layer:
     """The arithmetic of one layer; all tensors are matrices [rows, features] unless said."""
 
@@ -191,21 +224,21 @@ class _Layer:
         # How many projections make queries, keys and values; the next projects back.
         self.inputs = n = 3 if spec.widths is None else 1
         groups = terms[:n], terms[n : n + 1], terms[n + 1 : -1], terms[-1:]
-        if all(
-            by_kernels(h.reshape(-1, h.shape[-1]), group) or not any(term.rank for term in group) for group in groups
-        ):
+        self.fused = Fused.of(h)
+        kernels = each_by_kernels(h.reshape(-1, h.shape[-1]), groups)
+        if all(served or not any(term.rank for term in group) for served, group in zip(kernels, groups)):
             # The kernels round the adapters as they read them.
-            self.joined = [joined_A(group, None) for group in groups]
+            joined = [joined_A(group, None) for group in groups]
         else:
-            groups, self.joined = _working(groups, h.dtype)
-        self.qkv, self.o, self.lift, self.down = groups
+            groups, joined = _working(groups, h.dtype)
+        self.qkv, self.o, self.lift, self.down = map(_Group, groups, joined, kernels)
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
 
     def _norm(self, which: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         norm = self.spec.norms[which]
-        return (x, None) if norm is None else norm.forward(x, self.norm_parameters[id(norm)])
+        return (x, None) if norm is None else norm.forward(x, self.norm_parameters[id(norm)], self.fused)
 
     def _head_parameters(self) -> list[Sequence[torch.Tensor]]:
         assert self.spec.head_norms is not None
@@ -215,7 +248,7 @@ class _Layer:
         """q, k, v [B, heads, T, D] of the residual h, as ``attend`` takes them."""
         spec = self.spec
         state.x, state.rstd = self._norm(0, h)
-        outputs, state.skinny = project(state.x, state.x, self.qkv, A=self.joined[0])
+        outputs, state.skinny = self.qkv.project(state.x)
         q, k, v = outputs if spec.widths is None else outputs[0].split(spec.widths, -1)
         heads = (self.batch, self.length, -1, spec.head_dim)
         if self.normed_turn is not None:
@@ -224,11 +257,13 @@ class _Layer:
         elif spec.head_norms is not None:
             shape = heads if spec.norm_heads else (self.batch, self.length, -1)
             state.unnormed = q.view(shape), k.view(shape)
-            normed = [n.forward(x, self.norm_parameters[id(n)]) for n, x in zip(spec.head_norms, state.unnormed)]
-            (q, first), (k, second) = normed
+            (q, first), (k, second) = (
+                norm.forward(x, self.norm_parameters[id(norm)], self.fused)
+                for norm, x in zip(spec.head_norms, state.unnormed)
+            )
             state.head_rstd = first, second
         if self.normed_turn is None:
-            q, k = spec.turn(q.view(heads), k.view(heads), inplace=True)
+            q, k = spec.turn(q.view(heads), k.view(heads), self.fused, inplace=True)
         q, k, v = (x.view(heads).transpose(1, 2) for x in (q, k, v))
         self.kv_heads = k.shape[1]
         return (q, k, v) if spec.over is None else spec.over.to_heads(q, k, v)
@@ -240,7 +275,7 @@ class _Layer:
     def add_attention(self, state: _State, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """``h + s * n(o(attended))``, for ``attended`` with all heads of this rank's tokens."""
         flat = attended.reshape(h.shape[0], -1)
-        y, state.skinny_o, state.branch = self._add(1, h, flat, self.o, self.joined[1])
+        y, state.skinny_o, state.branch = self._add(1, h, flat, self.o)
         return y
 
     def _add(
@@ -248,15 +283,14 @@ class _Layer:
         which: int,
         h: torch.Tensor,
         x: torch.Tensor,
-        terms: Sequence[Term],
-        A: torch.Tensor | None,
+        group: _Group,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The residual plus a branch, the thin product and, where a norm follows, the bare projection."""
         if self.spec.norms[which] is None and self.spec.scale == 1.0:
-            (y,), skinny = project(x, x, terms, A=A, residual=h, out=out)
+            (y,), skinny = group.project(x, residual=h, out=out)
             return y, skinny, None
-        (branch,), skinny = project(x, x, terms, A=A)
+        (branch,), skinny = group.project(x)
         normed, _ = self._norm(which, branch)
         y = torch.add(h, normed, alpha=self.spec.scale, out=out)
         return y, skinny, branch if self.spec.norms[which] is not None else None
@@ -267,13 +301,13 @@ class _Layer:
         self._lift(middle, state)
         assert state.gate is not None
         assert state.up is not None
-        product = activate(state.gate, state.up, spec.activation)
-        y, state.skinny_down, state.branch = self._add(3, base, product, self.down, self.joined[3], out)
+        product = activate(state.gate, state.up, spec.activation, self.fused)
+        y, state.skinny_down, state.branch = self._add(3, base, product, self.down, out)
         return y
 
     def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
         state.x, state.rstd = self._norm(2, middle)
-        outputs, state.skinny = project(state.x, state.x, self.lift, A=self.joined[2])
+        outputs, state.skinny = self.lift.project(state.x)
         if self.spec.packed is None:
             state.gate, state.up = outputs
         else:
@@ -369,8 +403,8 @@ class _Layer:
             return scaled
         assert branch is not None
         parameters = self.norm_parameters[id(norm)]
-        _, rstd = norm.forward(branch, parameters)
-        grad_branch, grads = norm.backward(scaled, branch, rstd, parameters, self.norm_needs[id(norm)])
+        _, rstd = norm.forward(branch, parameters, self.fused)
+        grad_branch, grads = norm.backward(scaled, branch, rstd, parameters, self.norm_needs[id(norm)], self.fused)
         self._collect(norm, grads)
         return grad_branch
 
@@ -395,7 +429,7 @@ class _Layer:
         if not need and not any(needs):
             self._collect(norm, [None for _ in needs])
             return None
-        grad, grads = norm.backward(dy, x, rstd, self.norm_parameters[id(norm)], needs, residual)
+        grad, grads = norm.backward(dy, x, rstd, self.norm_parameters[id(norm)], needs, self.fused, residual)
         self._collect(norm, grads)
         return grad
 
@@ -426,13 +460,13 @@ class _Layer:
             if spec.norms[3] is not None:
                 assert state.gate is not None
                 assert state.up is not None
-                product = activate(state.gate, state.up, spec.activation)
-                (state.branch,), state.skinny_down = project(product, product, self.down, A=self.joined[3])
-            elif self.joined[3] is not None:
+                product = activate(state.gate, state.up, spec.activation, self.fused)
+                (state.branch,), state.skinny_down = self.down.project(product)
+            elif self.down.A is not None:
                 assert state.gate is not None
                 assert state.up is not None
-                product = activate(state.gate, state.up, spec.activation)
-                state.skinny_down = thin_product(product, self.down, self.joined[3])
+                product = activate(state.gate, state.up, spec.activation, self.fused)
+                state.skinny_down = self.down.thin(product)
         else:
             state.x, state.rstd = self._norm(2, middle)
         dy = self._branch_backward(3, grad, state.branch)
@@ -445,18 +479,12 @@ class _Layer:
         def through(d_product: torch.Tensor | None) -> torch.Tensor:
             """Gate and up become their gradients, and the product's gradient the product, which A or W learns from."""
             assert d_product is not None
-            activate_backward(d_product, gate, up, spec.activation, again=trained)
+            activate_backward(d_product, gate, up, spec.activation, self.fused, again=trained)
             return d_product
 
-        _, _, last = project_backward(
-            [dy], through, state.skinny_down, self.down, needs[-1:], need_x=True, need_u=False, A=self.joined[3]
-        )
-        assert state.x is not None
+        _, last = self.down.backward([dy], through, state.skinny_down, needs[-1:])
         lifted = [gate, up] if joint is None else [joint]
-        dx, _, first = project_backward(
-            lifted, state.x, state.skinny, self.lift, needs[:-1], need_x=True, need_u=False, A=self.joined[2]
-        )
-        assert dx is not None
+        dx, first = self.lift.backward(lifted, state.x, state.skinny, needs[:-1])
         d_middle = self._norm_backward(2, dx, middle, state.rstd, None if spec.parallel else grad)
         assert d_middle is not None
         return d_middle, [*first, *last]
@@ -482,10 +510,7 @@ class _Layer:
         if flat is None and trained:
             flat = self._of_tokens(attended.result)
         flat = flat.reshape(rows, -1) if flat is not None and trained else None
-        d_attended, _, grads_o = project_backward(
-            [dy], flat, state.skinny_o, self.o, needs_o, need_x=True, need_u=False, A=self.joined[1]
-        )
-        assert d_attended is not None
+        d_attended, grads_o = self.o.backward([dy], flat, state.skinny_o, needs_o)
         if spec.over is not None:
             d_attended = spec.over.to_tokens_backward(d_attended.view(self.batch, self.length, -1, spec.head_dim))
         found = attended.backward(d_attended)
@@ -498,10 +523,7 @@ class _Layer:
         grads = [x.reshape(rows, -1) for x in (dq, dk, dv)]
         if spec.widths is not None:
             grads = [torch.cat(grads, -1)]
-        dx, _, grads_qkv = project_backward(
-            grads, state.x, state.skinny, self.qkv, needs[: self.inputs], need_x=True, need_u=False, A=self.joined[0]
-        )
-        assert dx is not None
+        dx, grads_qkv = self.qkv.backward(grads, state.x, state.skinny, needs[: self.inputs])
         return self._norm_backward(0, dx, h, state.rstd, residual, need_h), [*grads_qkv, *grads_o]
 
     def _heads_backward(self, state: _State, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -514,7 +536,7 @@ class _Layer:
             for norm, grads in zip(norms, both):
                 self._collect(norm, grads)
             return dq, dk
-        dq, dk = self.spec.turn(dq, dk, backward=True)
+        dq, dk = self.spec.turn(dq, dk, self.fused, backward=True)
         if norms is None:
             return dq, dk
         dq, dk = (self._head_norm_backward(*args) for args in zip(norms, (dq, dk), state.unnormed, state.head_rstd))
@@ -524,7 +546,7 @@ class _Layer:
         self, norm: Norm, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor | None
     ) -> torch.Tensor:
         needs = self.norm_needs[id(norm)]
-        grad, grads = norm.backward(dy.reshape(x.shape), x, rstd, self.norm_parameters[id(norm)], needs)
+        grad, grads = norm.backward(dy.reshape(x.shape), x, rstd, self.norm_parameters[id(norm)], needs, self.fused)
         self._collect(norm, grads)
         return grad
 

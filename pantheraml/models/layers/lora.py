@@ -7,6 +7,7 @@ and hooked layers run PEFT's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ... import kernels
 from ...kernels.fp8_linear import Fp8Weight, Nf4Fp8Weight
 from ...kernels.projections import Adapter, Projection
 from ...kernels.reference.nf4 import Quantized4Bit
-from ..roles import is_lora, plain_tensor
+from ..roles import plain_tensor
 from .fp8 import Fp8Linear
 from .slots import Swap, stock_forward, unhooked
 from .step import is_step, known, project
@@ -78,46 +79,68 @@ def projection_of(
     Returns:
         The projection; None when the module has to run its own forward to keep its meaning.
     """
-    if not is_lora(module):
-        return _plain(module, x, trained=trained)
-    layer: Any = module
+    return projections_of([module], x, trained=trained, dropout=dropout)[0]
+
+
+def projections_of(
+    modules: Sequence[nn.Module], x: torch.Tensor, *, trained: bool = False, dropout: float = 0.0
+) -> list[Projection | None]:
+    """``projection_of`` of several modules that are given such an input."""
+    dtype, autocast = compute_dtype(x), torch.is_autocast_enabled(x.device.type)
+    return [
+        _adapted(module, dtype, autocast=autocast, trained=trained, dropout=dropout)
+        # An embedding and a convolution under LoRA too: what they wrap is no linear layer.
+        if "lora_A" in module._modules and "scaling" in module.__dict__
+        else _plain(module, dtype, trained=trained)
+        for module in modules
+    ]
+
+
+def _adapted(layer: Any, dtype: torch.dtype, *, autocast: bool, trained: bool, dropout: float) -> Projection | None:
+    """A layer of PEFT's. Every step asks this of every layer, so modules are read below ``nn.Module.__getattr__``."""
     if layer.disable_adapters or layer.merged or not unhooked(layer):
         return None
-    weight = base_weight(layer.base_layer, trained=trained)
+    children = layer._modules
+    base = children["base_layer"]
+    weight = base_weight(base, trained=trained)
     if weight is None:
         return None
-    dtype = compute_dtype(x)
+    every_A, every_B = children["lora_A"]._modules, children["lora_B"]._modules
     adapters = []
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        if name not in every_A:
             continue
-        A, B = layer.lora_A[name], layer.lora_B[name]
-        plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
-        if name in layer.lora_variant or not plain or not (untouched(A) and untouched(B)):
+        A, B = every_A[name], every_B[name]
+        if name in layer.lora_variant or _dropped(layer, name) != dropout:
             return None
-        if _dropped(layer, name) != dropout:
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or not (untouched(A) and untouched(B)):
             return None
-        if not plain_tensor(A.weight) or not plain_tensor(B.weight):
+        (factor_A, bias_A), (factor_B, bias_B) = ((p["weight"], p["bias"]) for p in (A._parameters, B._parameters))
+        if bias_A is not None or bias_B is not None or factor_A is None or factor_B is None:
+            return None
+        if not plain_tensor(factor_A) or not plain_tensor(factor_B):
             return None
         # Outside autocast PEFT computes the update in the adapter's own dtype.
-        if not torch.is_autocast_enabled(x.device.type) and A.weight.dtype != dtype:
+        if not autocast and factor_A.dtype != dtype:
             return None
-        adapters.append(Adapter(A.weight, B.weight, float(layer.scaling[name])))
-    return Projection(weight, tuple(adapters), layer.base_layer.bias) if adapters else None
+        adapters.append(Adapter(factor_A, factor_B, float(layer.scaling[name])))
+    return Projection(weight, tuple(adapters), base._parameters.get("bias")) if adapters else None
 
 
 def _dropped(layer: Any, adapter: str) -> float | None:
     """What a layer drops of an adapter's input now; None when that is no plain dropout."""
-    dropout = layer.lora_dropout[adapter]
-    if not layer.training or isinstance(dropout, nn.Identity):
+    if not layer.training:
+        return 0.0
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    if isinstance(dropout, nn.Identity):
         return 0.0
     return dropout.p if type(dropout) is nn.Dropout and dropout.p < 1 and untouched(dropout) else None
 
 
-def _plain(module: nn.Module, x: torch.Tensor, *, trained: bool) -> Projection | None:
+def _plain(module: nn.Module, dtype: torch.dtype, *, trained: bool) -> Projection | None:
     weight = base_weight(module, trained=trained)
     # Without autocast a frozen layer of another dtype raises in torch; that is for its own forward to say.
-    if weight is None or weight.dtype != compute_dtype(x):
+    if weight is None or weight.dtype != dtype:
         return None
     return Projection(weight, (), getattr(module, "bias", None))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,20 @@ def by_autograd(
     return [next(grads) if need else None for need in needs]
 
 
+class Fused(NamedTuple):
+    """Which parts Triton's kernels make of tensors such as one; a layer's node asks once."""
+
+    norm: bool
+    glu: bool
+    rotary: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Fused:
+        """The parts that kernels make of tensors such as ``x``."""
+        norm, glu, rotary = (resolve(op, x) == "triton" for op in ("rms_norm", "glu", "rotary"))
+        return cls(norm, glu, rotary)
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """One norm of a layer.
@@ -60,17 +74,19 @@ class Norm:
         """Its parameters, in the order in which gradients are returned."""
         return [p for p in self.module._parameters.values() if p is not None]
 
-    def _fused(self, x: torch.Tensor) -> NormPlan | None:
+    def _fused(self, fused: Fused) -> NormPlan | None:
         plan = self.plan
-        return plan if plan is not None and plan.op == "rms_norm" and resolve("rms_norm", x) == "triton" else None
+        return plan if fused.norm and plan is not None and plan.op == "rms_norm" else None
 
     def _eager(self, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         names = [name for name, p in self.module._parameters.items() if p is not None]
         return torch.func.functional_call(self.module, dict(zip(names, parameters)), (x,))
 
-    def forward(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, parameters: Sequence[torch.Tensor], fused: Fused
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalise ``x [..., D]``; also returns what the backward needs."""
-        plan = self._fused(x)
+        plan = self._fused(fused)
         if plan is None:
             return self._eager(x, *parameters), None
         weight = parameters[0] if parameters else None
@@ -84,10 +100,11 @@ class Norm:
         rstd: torch.Tensor | None,
         parameters: Sequence[torch.Tensor],
         needs: Sequence[bool],
+        fused: Fused,
         residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Gradient of x, to which ``residual`` is added, and of the parameters."""
-        plan = self._fused(x)
+        plan = self._fused(fused)
         if plan is None or rstd is None:
             grad_x, *grads = by_autograd(self._eager, [x, *parameters], [True, *needs], dy)
             assert grad_x is not None
@@ -99,18 +116,18 @@ class Norm:
         return grad_x, [grad_weight] if parameters else []
 
 
-def activate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def activate(gate: torch.Tensor, up: torch.Tensor, activation: str, fused: Fused) -> torch.Tensor:
     """``activation(gate) * up`` of two matrices."""
-    if resolve("glu", gate) == "triton":
+    if fused.glu:
         return glu_forward(gate, up, GluSpec(activation))
     return kernels.glu(gate, up, activation, backend="reference")
 
 
 def activate_backward(
-    dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, *, again: bool
+    dout: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, fused: Fused, *, again: bool
 ) -> None:
     """Put the gradients of gate and up into their own memory, and with ``again`` the product into that of ``dout``."""
-    if resolve("glu", gate) == "triton":
+    if fused.glu:
         # Every element is read before it is written.
         glu_backward(dout, gate, up, GluSpec(activation), dgate=gate, dup=up, out=dout if again else None)
         return
@@ -140,10 +157,10 @@ class Turn:
     layout: Literal["half", "interleaved"]
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, *, backward: bool = False, inplace: bool = False
+        self, q: torch.Tensor, k: torch.Tensor, fused: Fused, *, backward: bool = False, inplace: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn q and k, or gradients back; ``inplace`` may overwrite them."""
-        if resolve("rotary", q) == "triton":
+        if fused.rotary:
             angles = make_angles(q, k, self.cos, self.sin, layout=self.layout, head_axis=2)
             return rotary_launch(q, k, angles, backward=backward, inplace=inplace)
 
