@@ -15,7 +15,7 @@ go through the MLP in pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from ...kernels.projections import (
     Needs,
-    Projection,
     Static,
     Term,
     TermGradients,
     each_by_kernels,
-    flatten,
     joined_A,
     needs_of,
     project,
@@ -46,7 +44,7 @@ from .pieces import Fused, Norm, NormedTurn, Turn, activate, activate_backward
 MLP_ROWS = 8192
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spec:
     """One call of a layer, besides its tensors that need gradients.
 
@@ -54,6 +52,7 @@ class Spec:
         norms: Before attention, after it, before the MLP, after it; None where there is none.
         head_norms: Of queries and keys, or None.
         norm_heads: Whether these take each head alone.
+        every: All of the norms, each once, in the order of their parameters among the tensors.
         statics: Of q, k, v (or, packed, qkv), o, then gate, up, down (or, packed, gate_up, down).
         turn: Rotation of queries and keys.
         head_dim: Size of a head D.
@@ -72,6 +71,7 @@ class Spec:
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
     head_norms: tuple[Norm, Norm] | None
     norm_heads: bool
+    every: tuple[Norm, ...]
     statics: tuple[Static, ...]
     turn: Turn
     head_dim: int
@@ -84,11 +84,6 @@ class Spec:
     level: Level
     offload: Offload | None = None
     over: ContextGroup | None = None
-
-    def all_norms(self) -> list[Norm]:
-        """The norms, each once, in the order of their parameters among the tensors."""
-        found = (*self.norms, *(self.head_norms or ()))
-        return list({id(norm): norm for norm in found if norm is not None}.values())
 
 
 @dataclass(slots=True)
@@ -214,10 +209,10 @@ class _Layer:
     def __init__(self, spec: Spec, h: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> None:
         self.spec = spec
         self.batch, self.length = h.shape[:2]
-        counts = [len(norm.parameters()) for norm in spec.all_norms()]
         self.norm_parameters: dict[int, Sequence[Any]] = {}
         start = 0
-        for norm, count in zip(spec.all_norms(), counts):
+        for norm in spec.every:
+            count = len(norm.parameters())
             self.norm_parameters[id(norm)] = tensors[start : start + count]
             start += count
         terms = terms_of(spec.statics, tensors[start:])
@@ -376,7 +371,7 @@ class _Layer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of h and of the tensors that ``flags`` names."""
         spec = self.spec
-        norms = spec.all_norms()
+        norms = spec.every
         self.norm_grads: dict[int, list[torch.Tensor | None]] = {}
         self.norm_needs: dict[int, Sequence[bool]] = {}
         start = 0
@@ -588,22 +583,15 @@ class _DecoderLayer(torch.autograd.Function):
         return None if d_h is None or not flags[0] else d_h.view(h.shape), None, *grads
 
 
-def decoder_layer(
-    h: torch.Tensor,
-    spec: Spec,
-    projections: Sequence[Projection],
-    norms: Sequence[torch.Tensor],
-) -> torch.Tensor:
+def decoder_layer(h: torch.Tensor, spec: Spec, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Run a decoder layer as one node.
 
     Args:
         h: Residual [B, T, H].
-        spec: The layer; its ``statics`` are filled in here.
-        projections: Of q, k, v, o, gate, up, down (or q, k, v, o, gate_up, down).
-        norms: Parameters of ``spec.all_norms()``.
+        spec: The layer.
+        tensors: Parameters of ``spec.every``, then those of the projections that ``flatten`` has made.
 
     Returns:
         The residual after the layer, [B, T, H].
     """
-    statics, tensors = flatten(projections, "auto")
-    return _DecoderLayer.apply(h, replace(spec, statics=statics), *norms, *tensors)
+    return _DecoderLayer.apply(h, spec, *tensors)

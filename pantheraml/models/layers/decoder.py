@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.projections import Projection
+from ...kernels.projections import flatten
 from ...parallel.context import ContextGroup
 from ..attention.documents import PACKING, Divided
 from ..probe import FOREIGN_ERRORS, copy_child, regime_of, stand_in
@@ -25,7 +25,7 @@ from ..roles import decoder_children, looks_like_experts, plain_tensor
 from .attention import POSITION_IDS, AttentionPlan, attention_function
 from .block import Spec, decoder_layer
 from .levels import Keep, Level
-from .lora import compute_dtype, projection_of, untouched
+from .lora import compute_dtype, projections_of, untouched
 from .mlp import GluPlan
 from .pieces import Norm, Turn
 from .slots import Swap, is_installed, plan_of, stock_forward, swap_of, unhooked
@@ -189,6 +189,7 @@ class _Parts:
         mlp: The MLP.
         norms: As in ``Spec``.
         head_norms: As in ``Spec``.
+        every: All norms, each once.
         linears: Children that project, in the order of ``decoder_layer``.
         parents: For each of ``linears``, its parent and name, to notice that it was replaced.
         quiet: Modules whose own forward is passed over, so that no hook of theirs may be.
@@ -199,6 +200,7 @@ class _Parts:
     mlp: Any
     norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None]
     head_norms: tuple[Norm, Norm] | None
+    every: tuple[Norm, ...]
     linears: list[Any]
     parents: list[tuple[Any, str]]
     quiet: list[Any] = field(default_factory=list)
@@ -245,14 +247,16 @@ def parts_of(layer: Any) -> _Parts | None:
         head_norms = tuple(Norm.of(attention._modules[name]) for name in heads.norms)
     parents = [(attention._modules, name) for name in (*heads.inputs, heads.output)]
     parents += [(mlp._modules, name) for name in (glu.gate, glu.up, glu.down) if name is not None]
+    every = tuple({id(norm): norm for norm in (*norms, *(head_norms or ())) if norm is not None}.values())
     parts = _Parts(
         attention,
         mlp,
         norms,  # type: ignore[arg-type]
         head_norms,  # type: ignore[arg-type]
+        every,
         [parent[name] for parent, name in parents],
         parents,
-        [attention, mlp, *(n.module for n in (*norms, *(head_norms or ())) if n is not None)],
+        [attention, mlp, *(norm.module for norm in every)],
         [module for module in layer._modules.values() if isinstance(module, nn.Dropout)],
     )
     if not parts.current():
@@ -268,9 +272,9 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     prepared = _prepare(self, plan, call) if torch.is_grad_enabled() and len(args) <= len(plan.names) else None
     if prepared is None:
         return _itself(self, args, kwargs)
-    h, spec, projections, norms = prepared
+    h, spec, tensors = prepared
     try:
-        return decoder_layer(h, spec, projections, norms)
+        return decoder_layer(h, spec, tensors)
     except torch.OutOfMemoryError:
         planner = _planner(self)
         # The ranks that share a sequence have to exchange the same: one alone may not begin again.
@@ -278,7 +282,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             raise
         planner.shrink()
         level, offload = planner.keep(self, h)
-        return decoder_layer(h, replace(spec, level=level, offload=offload), projections, norms)
+        return decoder_layer(h, replace(spec, level=level, offload=offload), tensors)
 
 
 def _itself(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,7 +298,8 @@ def _itself(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _prepare(
     layer: Any, plan: DecoderPlan, call: dict[str, Any]
-) -> tuple[torch.Tensor, Spec, list[Projection], list[torch.Tensor]] | None:
+) -> tuple[torch.Tensor, Spec, list[torch.Tensor | None]] | None:
+    """The residual, the layer's description and the node's other tensors; None for a call that is not for the node."""
     h, positions = call.get(_HIDDEN), call.get(_POSITIONS)
     if (
         not isinstance(h, torch.Tensor)
@@ -319,26 +324,29 @@ def _prepare(
     glu: GluPlan = plan_of(parts.mlp)
     if regime_of(h, None) not in glu.regimes:
         return None
-    projections = [projection_of(linear, h, trained=True) for linear in parts.linears]
-    if any(projection is None for projection in projections):
+    projections = [p for p in projections_of(parts.linears, h, trained=True) if p is not None]
+    if len(projections) < len(parts.linears):
         return None
-    every = [norm for norm in dict.fromkeys((*parts.norms, *(parts.head_norms or ()))) if norm is not None]
-    parameters = [p for norm in every for p in norm.parameters()]
-    for norm in every:
+    parameters = [p for norm in parts.every for p in norm.parameters()]
+    for norm in parts.every:
         weight = norm.module._parameters.get("weight")
         if norm.plan is not None and regime_of(h, weight) not in norm.plan.regimes:
             return None
     if any(p.dtype != h.dtype for p in parameters):
         return None
     attend, over = _attend(parts.attention, plan, heads, call)
-    if attend is None or not _anything_trained(h, projections, parameters):
+    if attend is None:
+        return None
+    statics, tensors = flatten(projections, "auto")
+    if not h.requires_grad and not any(x is not None and x.requires_grad for x in (*parameters, *tensors)):
         return None
     arrange = heads.rotation.arrange
     spec = Spec(
         norms=parts.norms,
         head_norms=parts.head_norms,
         norm_heads=heads.norm_heads,
-        statics=(),
+        every=parts.every,
+        statics=statics,
         turn=Turn(arrange(positions[0]), arrange(positions[1]), heads.rotation.layout),
         head_dim=heads.head_dim,
         widths=heads.widths,
@@ -351,16 +359,7 @@ def _prepare(
         level=level,
         offload=offload,
     )
-    return h, spec, projections, parameters  # type: ignore[return-value]
-
-
-def _anything_trained(h: torch.Tensor, projections: list[Any], norms: list[torch.Tensor]) -> bool:
-    return (
-        h.requires_grad
-        or any(a.A.requires_grad or a.B.requires_grad for p in projections for a in p.adapters)
-        or any(p.requires_grad for p in norms)
-        or any(isinstance(p.weight, torch.Tensor) and p.weight.requires_grad for p in projections)
-    )
+    return h, spec, [*parameters, *tensors]
 
 
 def _attend(
