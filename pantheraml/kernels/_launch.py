@@ -19,6 +19,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .utils import on_device
+
 # Releases whose compiled forms are launched with the arguments below.
 KNOWN = ((3, 6), (3, 7))
 _INT32 = 1 << 31
@@ -36,8 +38,10 @@ class _Form(NamedTuple):
     metadata: Any
 
 
-def _unhooked(hook: Any) -> bool:
-    return hook is None or getattr(hook, "calls", hook) == []
+def _hooked(runtime: Any) -> bool:
+    """Whether somebody wants to see every launch."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", hook) != [] for hook in (enter, leave))
 
 
 class Kernel(JITFunction):
@@ -77,15 +81,7 @@ class Kernel(JITFunction):
         return tuple(found)
 
     def run(self, *args: Any, grid: Any, warmup: bool, **arguments: Any) -> Any:
-        runtime = knobs.runtime
-        if (
-            args
-            or warmup
-            or self.pre_run_hooks
-            or not _unhooked(runtime.launch_enter_hook)
-            or not _unhooked(runtime.launch_exit_hook)
-            or callable(grid)
-        ):
+        if args or warmup or self.pre_run_hooks or _hooked(knobs.runtime) or callable(grid):
             return super().run(*args, grid=grid, warmup=warmup, **arguments)
         active: Any = driver.active
         device = active.get_current_device()
@@ -120,50 +116,49 @@ class Kernel(JITFunction):
 
 
 class Launch:
-    """A launch at given sizes, which takes tensors only.
+    """A launch at given sizes, which takes tensors only, on the GPU of the first.
 
     Args:
         kernel: What :func:`jit` returned.
         grid: Programs in each dimension.
-        tensors: Names of the arguments that are given at each call, in its order.
+        tensors: Names of the arguments that are given at each call, which are the kernel's first ones.
         arguments: All other arguments.
     """
 
-    __slots__ = ("_arguments", "_forms", "_grid", "_kernel", "_names", "_places", "_template")
+    __slots__ = ("_arguments", "_forms", "_grid", "_kernel", "_names", "_rest")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], tensors: tuple[str, ...], **arguments: Any) -> None:
         self._kernel, self._names, self._arguments = kernel, tensors, arguments
         self._grid = (*grid, 1, 1)[:3]
         self._forms: dict[tuple[Any, ...], _Form] | None = None
         if isinstance(kernel, Kernel) and {*tensors, *arguments} >= set(kernel._names):
+            assert kernel._names[: len(tensors)] == tensors
             self._forms = {}
-            self._template = [arguments.get(name) for name in kernel._names]
-            self._places = [kernel._names.index(name) for name in tensors]
+            self._rest = [arguments[name] for name in kernel._names[len(tensors) :]]
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Launch on these tensors; None for one that the kernel goes without."""
-        runtime = knobs.runtime
+        first = tensors[0]
+        assert first is not None
         forms = self._forms
-        if (
-            forms is None
-            or self._kernel.pre_run_hooks
-            or not _unhooked(runtime.launch_enter_hook)
-            or not _unhooked(runtime.launch_exit_hook)
-        ):
-            self._kernel[self._grid](**dict(zip(self._names, tensors)), **self._arguments)
+        if forms is None or self._kernel.pre_run_hooks or _hooked(knobs.runtime):
+            with on_device(first):
+                self._kernel[self._grid](**dict(zip(self._names, tensors)), **self._arguments)
             return
         active: Any = driver.active
         device = active.get_current_device()
+        at = first.get_device()
+        if at != device and at >= 0:
+            with on_device(first):
+                self(*tensors)
+            return
         given = (device, *[None if x is None else (x.__class__, x.dtype, x.data_ptr() & 15) for x in tensors])
         form = forms.get(given) or self._form(given, tensors)
         if form is None:
             return
-        values = self._template.copy()
-        for place, x in zip(self._places, tensors):
-            values[place] = x
-        form.run(
-            *self._grid, active.get_current_stream(device), form.function, form.metadata, None, None, None, *values
-        )
+        x, y, z = self._grid
+        stream = active.get_current_stream(device)
+        form.run(x, y, z, stream, form.function, form.metadata, None, None, None, *tensors, *self._rest)
 
     def _form(self, given: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> _Form | None:
         """The compiled form for such tensors; None when there was none and Triton has launched what it compiled."""

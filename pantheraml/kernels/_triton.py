@@ -6,12 +6,11 @@ functions that nobody calls: ``dispatch.resolve`` answers "reference" there, or 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
+from .utils import on_device as on_device
 
 if TYPE_CHECKING:
     import triton as triton
@@ -45,8 +44,6 @@ else:
 # For functions that make a ``Launch`` from sizes: a step has those of the step before.
 remembered = functools.lru_cache(maxsize=4096, typed=True)
 
-_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-
 
 @jit
 def _probe():
@@ -56,12 +53,3 @@ def _probe():
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
     return AVAILABLE and not isinstance(_probe, triton.JITFunction)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one for a launch; Triton launches on the current device."""
-    if tensor.is_cuda:
-        return _HERE if tensor.get_device() == torch.cuda.current_device() else torch.cuda.device(tensor.device)
-    if tensor.is_xpu:
-        return _HERE if tensor.get_device() == torch.xpu.current_device() else torch.xpu.device(tensor.device)
-    return _HERE

@@ -307,8 +307,7 @@ def glu_forward(
     gate, up, rows, width, gate_stride, up_stride = _operands(gate, up)
     result, out_stride = _buffer(gate, width, out)
     if rows * width:
-        with on_device(gate):
-            _forward_launch(rows, width, gate_stride, up_stride, out_stride, spec)(gate, up, result, None)
+        _forward_launch(rows, width, gate_stride, up_stride, out_stride, spec)(gate, up, result, None)
     return result
 
 
@@ -376,8 +375,7 @@ def glu_backward(
         out, out_stride = _buffer(gate, width, out)
     if rows * width:
         strides = (dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride)
-        with on_device(gate):
-            _backward_launch(rows, width, *strides, spec)(dout, gate, up, dgate, dup, out)
+        _backward_launch(rows, width, *strides, spec)(dout, gate, up, dgate, dup, out)
     return dgate, dup
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import Launch, jit, on_device, remembered, tl
+from ._triton import Launch, jit, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .utils import cdiv, next_power_of_2, processors
 
@@ -204,14 +204,14 @@ def _combine(parts, out, i_program, splits, split_stride, rows, rank, scaling, o
 def combine_kernel(
     first,
     first_out,
+    second,
+    second_out,
     first_splits,
     first_stride,
     first_rows,
     first_rank,
     first_row,
     first_column,
-    second,
-    second_out,
     second_splits,
     second_stride,
     second_rows,
@@ -335,8 +335,7 @@ def _add_up(jobs: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> No
     """Sum the parts of one or two jobs, each given with what it fills, in one launch."""
     sums = [_Sum(*parts.shape, *out.stride()) for parts, out in jobs]
     second = jobs[1] if len(jobs) == 2 else (None, None)
-    with on_device(jobs[0][0]):
-        _combination(sums[0], sums[1] if len(sums) == 2 else None, scaling)(*jobs[0], *second)
+    _combination(sums[0], sums[1] if len(sums) == 2 else None, scaling)(*jobs[0], *second)
 
 
 @remembered
@@ -397,8 +396,7 @@ def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int
     launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), tile, splits, programs, stages)
     out = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     parts = torch.empty((splits, rows, rank), dtype=torch.float32, device=x.device) if splits > 1 else None
-    with on_device(x):
-        launch(x, A, out if parts is None else parts)
+    launch(x, A, out if parts is None else parts)
     if parts is not None:
         _add_up([(parts, out)], 1.0)
     return out
@@ -466,8 +464,7 @@ def widen(
         out = torch.empty((rows, width), dtype=thin.dtype, device=thin.device)
     base_stride = 0 if base is None else base.stride(0)
     strides = (thin.stride(0), *factor.stride(), base_stride, out.stride(0))
-    with on_device(thin):
-        _widening(rows, width, rank, scaling, *strides, tile)(thin, factor, base, out)
+    _widening(rows, width, rank, scaling, *strides, tile)(thin, factor, base, out)
     return out
 
 
@@ -561,8 +558,7 @@ def gradients(
     wide = {"dtype": torch.float32, "device": dy.device}
     thin_parts = None if thin is None else torch.empty((blocks, rows, rank), **wide)
     gradient_parts = None if gradient is None else torch.empty((parts, width, rank), **wide)
-    with on_device(dy):
-        launch(dy, None if thin is None else factor, None if gradient is None else skinny, thin_parts, gradient_parts)
+    launch(dy, None if thin is None else factor, None if gradient is None else skinny, thin_parts, gradient_parts)
     pairs = ((thin_parts, thin), (gradient_parts, gradient))
     _add_up([(part, out) for part, out in pairs if part is not None and out is not None], scaling)
 

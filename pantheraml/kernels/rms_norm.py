@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
 from ._row_pieces import chips, columns_of, load_parameter, mask_of, row_pieces, store_partial, sum_partials
-from ._triton import Launch, jit, on_device, remembered, tl
+from ._triton import Launch, jit, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.numerics import quantize_rows
 from .reference.rms_norm import rms_norm as rms_norm_reference
@@ -382,11 +382,10 @@ def rms_norm_forward(
     rstd = torch.empty(rows.count, dtype=torch.float32, device=x.device) if save else None
     scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if fp8 is not None else None
     if rows.count:
-        with on_device(x):
-            launch = _forward_launch(
-                rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, eps, offset, casting, fp8
-            )
-            launch(rows.tensor, residual, weight, y, total if residual is not None else None, rstd, scales)
+        launch = _forward_launch(
+            rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, eps, offset, casting, fp8
+        )
+        launch(rows.tensor, residual, weight, y, total if residual is not None else None, rstd, scales)
     return Forward(y, total, rstd, scales)
 
 
@@ -427,11 +426,10 @@ def rms_norm_backward(
     partial = torch.empty((programs, width), dtype=torch.float32, device=total.device) if trained else None
     fetched = sum(x.element_size() for x in (dy, dtotal, total) if x is not None) if trained else None
     if rows.count:
-        with on_device(total):
-            launch = _backward_launch(
-                rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, offset, programs, fetched
-            )
-            launch(dy, dtotal, rows.tensor, weight, rstd, dx, partial)
+        launch = _backward_launch(
+            rows.count, rows.inner, rows.outer_stride, rows.inner_stride, width, offset, programs, fetched
+        )
+        launch(dy, dtotal, rows.tensor, weight, rstd, dx, partial)
     if partial is None or weight is None:
         return dx, None
     return dx, sum_partials([partial], [weight.dtype])[0]

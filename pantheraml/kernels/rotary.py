@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
-from ._triton import Launch, jit, on_device, remembered, tl
+from ._triton import Launch, jit, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import rotary as rotary_reference
 from .utils import LANES, MAX_THREADS, cdiv, next_power_of_2, require_floating, require_same_device, require_shape
@@ -419,8 +419,7 @@ def rotary_launch(
             backward,
             inplace,
         )
-        with on_device(q):
-            launch(q, k, q_out, k_out, cos, angles.sin, positions)
+        launch(q, k, q_out, k_out, cos, angles.sin, positions)
     return q_out, k_out
 
 

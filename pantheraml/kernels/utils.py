@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,17 @@ ELEMENTS_PER_WARP = 512
 # Threads of a program on every chip, and lanes of a warp on this host's (AMD's data-centre chips have 64).
 MAX_THREADS = 1024
 LANES = 64 if torch.version.hip is not None else 32
+
+_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one for a launch; Triton launches on the current device."""
+    if tensor.is_cuda:
+        return _HERE if tensor.get_device() == torch.cuda.current_device() else torch.cuda.device(tensor.device)
+    if tensor.is_xpu:
+        return _HERE if tensor.get_device() == torch.xpu.current_device() else torch.xpu.device(tensor.device)
+    return _HERE
 
 
 class LaunchSettings(NamedTuple):

@@ -29,6 +29,10 @@ def source(x, size, scale, plain, TILE: triton.language.constexpr):
     pass
 
 
+def pair(x, y, size, scale, plain, TILE: triton.language.constexpr):
+    pass
+
+
 def kernel():
     return Kernel(source, do_not_specialize=["plain"])
 
@@ -109,25 +113,26 @@ def test_the_second_launch_goes_straight_to_the_compiled_form(launched):
 )
 def test_a_launch_at_given_sizes_takes_tensors_of_each_form(launched):
     seen, asked = launched
-    launch = Launch(kernel(), (7, 3), ("x",), size=6, scale=0.5, plain=3, TILE=16, num_warps=4)
+    sizes = {"size": 6, "scale": 0.5, "plain": 3, "TILE": 16, "num_warps": 4}
+    launch = Launch(Kernel(pair, do_not_specialize=["plain"]), (7, 3), ("x", "y"), **sizes)
     other = MEMORY[16:32]
-    launch(MEMORY)
+    launch(MEMORY, MEMORY)
     assert (len(seen), len(asked)) == (0, 1)
     for x in (MEMORY, other):
-        launch(x)
-    tail = (6, 0.5, 3, 16)
+        launch(x, MEMORY)
+    tail = (MEMORY, 6, 0.5, 3, 16)
     head = (7, 3, 1, "stream", "function", "metadata", None, None, None)
     assert seen == [(*head, MEMORY, *tail), (*head, other, *tail)]
     # Another alignment, another dtype, no tensor: each asks Triton once.
-    for x in (MEMORY[4:20], MEMORY.view(torch.float32), None):
+    for y in (MEMORY[4:20], MEMORY.view(torch.float32), None):
         for _ in range(2):
-            launch(x)
+            launch(MEMORY, y)
     assert (len(seen), len(asked)) == (5, 4)
     # Sizes of one kind share what Triton compiled.
-    same = Launch(launch._kernel, (1,), ("x",), size=7, scale=0.25, plain=5, TILE=16, num_warps=4)
-    same(MEMORY)
+    same = Launch(launch._kernel, (1,), ("x", "y"), **sizes | {"size": 7, "scale": 0.25, "plain": 5})
+    same(MEMORY, MEMORY)
     assert (len(seen), len(asked)) == (6, 4)
-    assert seen[-1][9:] == (MEMORY, 7, 0.25, 5, 16)
+    assert seen[-1][9:] == (MEMORY, MEMORY, 7, 0.25, 5, 16)
 
 
 def test_tensors_of_other_classes_go_through_triton(launched):
