@@ -39,7 +39,7 @@ def calls_of(lines: Sequence[Line], case: str) -> list[list[Line]]:
         if line["case"] == case:
             by_call.setdefault((line["call"], line["device"]), []).append(line)
     calls = [by_call[key] for key in sorted(by_call)]
-    rows = [{(line["device"], line["row"]) for line in call} for call in calls]
+    rows = [{(line["device"], line["row"], line.get("ranks")) for line in call} for call in calls]
     return [call for i, call in enumerate(calls) if not any(rows[i] <= later for later in rows[i + 1 :])]
 
 
