@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,13 @@ def end(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def measure(command: list[str], limit_s: float, log: Path) -> dict[str, Any]:
+def measure(
+    command: list[str], limit_s: float, log: Path, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run one contender and return its record, or what went wrong under ``error``."""
+    variables = environment() | (variables or {})
     with log.open("w+") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=variables, cwd=ROOT)
         try:
             ended = f"exit code {process.wait(limit_s)}"
         except subprocess.TimeoutExpired:
@@ -162,8 +166,9 @@ def main() -> int:
                     continue
                 log = options.logs / f"{name}-{row.name.replace('/', '-')}-{repeat}.log"
                 command = command_of(case, row, model)
-                record = measure(command, min(case.limit_s, left), log)
+                record = measure(command, min(case.limit_s, left), log, row.environment)
                 about = {"case": name, "row": row.name, "repeat": repeat, "contender_command": shlex.join(command[1:])}
+                about |= {"environment": dict(row.environment)} if row.environment else {}
                 with lines.open("a") as file:
                     file.write(json.dumps(call | about | record) + "\n")
                 shown = {key: value for key, value in record.items() if key not in ("steps", "adapted")}
