@@ -8,13 +8,14 @@ With x [T, W], factors [W, r] of small r, all in one dtype with float32 sums::
                 dB = scaling * dy.T @ s
 
 Partial sums of programs are float32, kept apart and added in a fixed order: the same bits in every run on the same
-chip.
+chip. A small model waits for the host, so up to three projections of one input share a launch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ DTYPES = (torch.float16, torch.bfloat16)
 NARROW_PROGRAMS = 2
 GRADIENT_PROGRAMS = 2
 COMBINE_TILE = 1024
+# Programs of ``narrow`` that share a sum: ``widen`` adds up what they leave for each of its tiles.
+NARROW_SPLITS = 4
+# Projections that share a launch.
+JOBS = 3
 # Shared memory of a program that every chip has, that the largest have, and what a kernel keeps besides its stages.
 LEAST_SHARED, MOST_SHARED = 64 * 1024, 227 * 1024
 SHARED_RESERVE = 8 * 1024
@@ -97,32 +102,90 @@ def narrow_kernel(
 
 
 @jit
+def _pick(i_job, first, second, third):
+    """The pointer of one of two or three jobs."""
+    p = first
+    if i_job == 1:
+        p = second
+    if third is not None:  # noqa: SIM102 - known when compiling, and the pointer is then left out
+        if i_job == 2:
+            p = third
+    return p
+
+
+@jit
+def _job_of(i_block, first_end, second_end):
+    """Which of three jobs, that end at these blocks, has a block, and its first one."""
+    i_job = (i_block >= first_end).to(tl.int32) + (i_block >= second_end).to(tl.int32)
+    return i_job, _of_job(i_job, 0, first_end, second_end)
+
+
+@jit
+def _of_job(i_job, first, second, third):
+    return tl.where(i_job == 0, first, tl.where(i_job == 1, second, third))
+
+
+@jit
 def widen_kernel(
     thin,
-    factor,
+    total,
     base,
+    factor,
     out,
+    second_factor,
+    second_out,
+    third_factor,
+    third_out,
     rows,
     width,
+    second_width,
+    third_width,
     rank,
     scaling,
+    thin_split,
     thin_stride,
+    total_stride,
     factor_width,
     factor_rank,
     base_stride,
     out_stride,
+    first_end,
+    second_end,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """``out[i, j] = scaling * sum_r thin[i, r] factor[j, r] [+ base[i, j]]``."""
+    """``out[i, j] = scaling * sum_r t[i, r] factor[j, r] [+ base[i, j]]`` with ``t = sum_split thin[split]``.
+
+    ``t`` is rounded once, to the dtype of ``out``, and goes to ``total`` when there is one. The second and the third
+    factor are for the columns of thin that follow; their column blocks begin at ``first_end`` and ``second_end``, and
+    all results are contiguous then.
+    """
+    i_block = tl.program_id(0)
     o_row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     o_rank = tl.arange(0, RANK)
+    if second_factor is not None:
+        i_job, begin = _job_of(i_block, first_end, second_end)
+        i_block -= begin
+        factor = _pick(i_job, factor, second_factor, third_factor)
+        out = _pick(i_job, out, second_out, third_out)
+        width = _of_job(i_job, width, second_width, third_width)
+        out_stride = width
+        thin += i_job * rank
+        if total is not None:
+            total += i_job * rank
+    o_column = i_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m_row, m_column, m_rank = o_row < rows, o_column < width, o_rank < rank
-    b_thin = tl.load(
-        thin + o_row[:, None] * thin_stride + o_rank[None, :], mask=m_row[:, None] & m_rank[None, :], other=0.0
-    )
+    m_thin = m_row[:, None] & m_rank[None, :]
+    p_thin = thin + o_row[:, None] * thin_stride + o_rank[None, :]
+    b_thin = tl.load(p_thin, mask=m_thin, other=0.0)
+    for i in tl.static_range(1, SPLITS):
+        b_thin += tl.load(p_thin + i * thin_split, mask=m_thin, other=0.0)
+    b_thin = b_thin.to(out.dtype.element_ty)
+    if total is not None:  # noqa: SIM102 - known when compiling
+        if i_block == 0:
+            tl.store(total + o_row[:, None] * total_stride + o_rank[None, :], b_thin, mask=m_thin)
     p_factor = factor + o_rank[:, None] * factor_rank + o_column[None, :] * factor_width
     b_factor = tl.load(p_factor, mask=m_rank[:, None] & m_column[None, :], other=0.0).to(b_thin.dtype)
     b_out = tl.dot(b_thin, b_factor) * scaling
@@ -137,19 +200,27 @@ def widen_kernel(
 def gradients_kernel(
     dy,
     factor,
+    second_dy,
+    second_factor,
+    third_dy,
+    third_factor,
     skinny,
-    thin,
-    gradient,
+    sums,
     rows,
     width,
+    second_width,
+    third_width,
     rank,
     tiles,
     dy_stride,
+    second_stride,
+    third_stride,
     factor_width,
     factor_rank,
     skinny_stride,
-    thin_split,
-    thin_stride,
+    first_end,
+    second_end,
+    gradient_start,
     gradient_split,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -157,13 +228,28 @@ def gradients_kernel(
 ):
     """For COLUMNS columns and ``tiles`` tiles of ROWS rows, float32 parts of both sums.
 
-    ``thin[column block, i, r] = sum_j dy[i, j] factor[j, r]`` over the block's columns, when there is a factor;
-    ``gradient[row block, j, r] = sum_i dy[i, j] skinny[i, r]`` over the block's rows, when there is a skinny.
+    ``thin[column block, i, r] = sum_j dy[i, j] factor[j, r]`` over the block's columns, when there is a factor, from
+    the beginning of ``sums``; ``gradient[row block, j, r] = sum_i dy[i, j] skinny[i, r]`` over the block's rows, when
+    there is a skinny, from ``gradient_start``. The second and the third dy are for the columns of skinny that follow;
+    their column blocks begin at ``first_end`` and ``second_end``, and their rows of the gradient follow.
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1).to(tl.int64)
-    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
     o_rank = tl.arange(0, RANK)
+    p_thin = sums + i_block * rows * rank
+    p_gradient = sums + gradient_start + i_part * gradient_split
+    if second_dy is not None:
+        i_job, begin = _job_of(i_block, first_end, second_end)
+        i_block -= begin
+        p_gradient += _of_job(i_job, 0, width, width + second_width) * rank
+        dy = _pick(i_job, dy, second_dy, third_dy)
+        dy_stride = _of_job(i_job, dy_stride, second_stride, third_stride)
+        width = _of_job(i_job, width, second_width, third_width)
+        if factor is not None:
+            factor = _pick(i_job, factor, second_factor, third_factor)
+        if skinny is not None:
+            skinny += i_job * rank
+    o_column = i_block * COLUMNS + tl.arange(0, COLUMNS)
     m_column, m_rank = o_column < width, o_rank < rank
     o_row = i_part * tiles * ROWS + tl.arange(0, ROWS)
     b_factor = None
@@ -180,78 +266,84 @@ def gradients_kernel(
         m_skinny = m_row[:, None] & m_rank[None, :]
         if factor is not None:
             b_thin = tl.dot(b_dy, b_factor)
-            tl.store(thin + i_block * thin_split + o_i[:, None] * thin_stride + o_rank[None, :], b_thin, mask=m_skinny)
+            tl.store(p_thin + o_i[:, None] * rank + o_rank[None, :], b_thin, mask=m_skinny)
         if skinny is not None:
             b_skinny = tl.load(skinny + o_i[:, None] * skinny_stride + o_rank[None, :], mask=m_skinny, other=0.0)
             b_sum = tl.dot(tl.trans(b_dy), b_skinny, b_sum)
     if skinny is not None:
-        p_gradient = gradient + i_part * gradient_split + o_column[:, None] * rank + o_rank[None, :]
+        p_gradient += o_column[:, None] * rank + o_rank[None, :]
         tl.store(p_gradient, b_sum, mask=m_column[:, None] & m_rank[None, :])
 
 
 @jit
-def _combine(parts, out, i_program, splits, split_stride, rows, rank, scaling, out_row, out_rank, TILE: tl.constexpr):
-    o_flat = i_program.to(tl.int64) * TILE + tl.arange(0, TILE)
+def _combine(parts, out, i_tile, count, rows, rank, scaling, out_row, out_rank, TILE: tl.constexpr):
+    """``out[i, r] = scaling * sum_part parts[part, i, r]`` for ``count`` parts."""
+    o_flat = i_tile.to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = o_flat < rows * rank
+    p_part = parts + o_flat
     b_sum = tl.zeros((TILE,), tl.float32)
-    for i in range(splits):
-        b_sum += tl.load(parts + i * split_stride + o_flat, mask=mask, other=0.0)
+    for _ in range(count):
+        b_sum += tl.load(p_part, mask=mask, other=0.0)
+        p_part += rows * rank
     o_out = (o_flat // rank) * out_row + (o_flat % rank) * out_rank
     tl.store(out + o_out, (b_sum * scaling).to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def combine_kernel(
-    first,
-    first_out,
-    second,
-    second_out,
-    first_splits,
-    first_stride,
-    first_rows,
-    first_rank,
-    first_row,
-    first_column,
-    second_splits,
-    second_stride,
-    second_rows,
-    second_rank,
-    second_row,
-    second_column,
+    sums,
+    thin,
+    gradient,
+    rows,
+    rank,
+    thin_row,
+    thin_column,
+    first_end,
+    second_end,
+    third_end,
+    job_programs,
+    thin_programs,
+    gradient_start,
+    gradient_parts,
+    gradient_rows,
+    gradient_row,
+    gradient_column,
     scaling,
-    programs,
     TILE: tl.constexpr,
 ):
-    """``out[i, r] = scaling * sum_split parts[split, i, r]`` for one or two stacks of parts."""
+    """Add up what ``gradients_kernel`` or ``narrow_kernel`` leave: parts of up to three jobs' thin, and a gradient."""
     i_program = tl.program_id(0)
-    if i_program < programs:
-        _combine(
-            first,
-            first_out,
-            i_program,
-            first_splits,
-            first_stride,
-            first_rows,
-            first_rank,
-            scaling,
-            first_row,
-            first_column,
-            TILE,
-        )
-    elif second is not None:
-        _combine(
-            second,
-            second_out,
-            i_program - programs,
-            second_splits,
-            second_stride,
-            second_rows,
-            second_rank,
-            scaling,
-            second_row,
-            second_column,
-            TILE,
-        )
+    if thin is not None:  # noqa: SIM102 - known when compiling
+        if i_program < thin_programs:
+            i_job = i_program // job_programs
+            begin = _of_job(i_job, 0, first_end, second_end).to(tl.int64)
+            count = _of_job(i_job, first_end, second_end, third_end) - begin
+            _combine(
+                sums + begin * rows * rank,
+                thin + i_job * rank * thin_column,
+                i_program % job_programs,
+                count,
+                rows,
+                rank,
+                scaling,
+                thin_row,
+                thin_column,
+                TILE,
+            )
+    if gradient is not None:  # noqa: SIM102 - known when compiling
+        if i_program >= thin_programs:
+            _combine(
+                sums + gradient_start,
+                gradient,
+                i_program - thin_programs,
+                gradient_parts,
+                gradient_rows,
+                rank,
+                scaling,
+                gradient_row,
+                gradient_column,
+                TILE,
+            )
 
 
 def serves(x: torch.Tensor, rank: int) -> bool:
@@ -295,47 +387,46 @@ def _gradient_stages_on(tile: Tile, rank: int, device: torch.device) -> int:
     return gradient_stages(tile, rank, _shared_memory(device))
 
 
-class _Sum(NamedTuple):
-    """A stack of partial sums [splits, rows, rank], and the strides of what their sum fills."""
-
-    splits: int
-    rows: int
-    rank: int
-    row: int
-    column: int
-
-
-_FIRST, _SECOND = (
-    tuple(job + part for part in ("_splits", "_stride", "_rows", "_rank", "_row", "_column"))
-    for job in ("first", "second")
-)
-
-
 @remembered
-def _combination(first: _Sum, second: _Sum | None, scaling: float) -> Launch:
-    programs = cdiv(first.rows * first.rank, COMBINE_TILE)
-    more = 0 if second is None else cdiv(second.rows * second.rank, COMBINE_TILE)
-    sizes: dict[str, int] = {}
-    for names, job in ((_FIRST, first), (_SECOND, second)):
-        values = (0,) * 6 if job is None else (job.splits, job.rows * job.rank, *job[1:])
-        sizes |= zip(names, values)
+def _combination(
+    rows: int,
+    rank: int,
+    thin: tuple[int, ...] | None,
+    ends: tuple[int, ...],
+    gradient: tuple[int, ...] | None,
+    start: int,
+    parts: int,
+    height: int,
+    scaling: float,
+) -> Launch:
+    """``thin`` and ``gradient`` are strides of what is filled."""
+    job_programs = cdiv(rows * rank, COMBINE_TILE)
+    programs = 0 if thin is None else job_programs * len(ends)
+    first_end, second_end, third_end = (*ends, *(0,) * JOBS)[:JOBS]
+    thin_row, thin_column = thin or (0, 0)
+    gradient_row, gradient_column = gradient or (0, 0)
     return Launch(
         combine_kernel,
-        (programs + more,),
-        ("first", "first_out", "second", "second_out"),
-        **sizes,
+        (programs + (0 if gradient is None else cdiv(height * rank, COMBINE_TILE)),),
+        ("sums", "thin", "gradient"),
+        rows=rows,
+        rank=rank,
+        thin_row=thin_row,
+        thin_column=thin_column,
+        first_end=first_end,
+        second_end=second_end,
+        third_end=third_end,
+        job_programs=job_programs,
+        thin_programs=programs,
+        gradient_start=start,
+        gradient_parts=parts,
+        gradient_rows=height,
+        gradient_row=gradient_row,
+        gradient_column=gradient_column,
         scaling=scaling,
-        programs=programs,
         TILE=COMBINE_TILE,
         num_warps=4,
     )
-
-
-def _add_up(jobs: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> None:
-    """Sum the parts of one or two jobs, each given with what it fills, in one launch."""
-    sums = [_Sum(*parts.shape, *out.stride()) for parts, out in jobs]
-    second = jobs[1] if len(jobs) == 2 else (None, None)
-    _combination(sums[0], sums[1] if len(sums) == 2 else None, scaling)(*jobs[0], *second)
 
 
 @remembered
@@ -354,7 +445,7 @@ def _narrowing(
     columns = min(tile.columns, max(next_power_of_2(width), 16))
     row_blocks, tiles = cdiv(rows, tile.rows), cdiv(width, columns)
     if splits is None:
-        splits = min(max(programs // row_blocks, 1), tiles)
+        splits = min(max(programs // row_blocks, 1), tiles, NARROW_SPLITS)
     tiles = cdiv(tiles, splits)
     splits = cdiv(cdiv(width, columns), tiles)
     launch = Launch(
@@ -378,6 +469,21 @@ def _narrowing(
     return launch, splits
 
 
+def narrow_parts(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int | None = None) -> torch.Tensor:
+    """What the programs that share the sum leave of ``x @ A.T``; arguments as in ``narrow``.
+
+    Returns:
+        [splits, T, r], contiguous, whose sum is meant: float32, or of one part the result in the dtype of ``x``.
+    """
+    rows, width = x.shape
+    rank = A.shape[0]
+    programs, stages = NARROW_PROGRAMS * processors(x), _narrow_stages_on(tile, rank, A.itemsize, x.device)
+    launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), tile, splits, programs, stages)
+    parts = torch.empty((splits, rows, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    launch(x, A, parts)
+    return parts
+
+
 def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int | None = None) -> torch.Tensor:
     """``x @ A.T`` in the dtype of ``x`` for few rows of ``A``.
 
@@ -385,49 +491,64 @@ def narrow(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, splits: int
         x: [T, W], float16 or bfloat16, contiguous rows.
         A: [r, W], contiguous rows; cast to the dtype of ``x`` as it is read.
         tile: Launch settings.
-        splits: Programs that share the sum over W. Default None: as many as fill the GPU.
+        splits: Programs that share the sum over W. Default None: as many as fill the GPU, up to four.
 
     Returns:
         [T, r], contiguous.
     """
-    rows, width = x.shape
-    rank = A.shape[0]
-    programs, stages = NARROW_PROGRAMS * processors(x), _narrow_stages_on(tile, rank, A.itemsize, x.device)
-    launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), tile, splits, programs, stages)
+    parts = narrow_parts(x, A, tile=tile, splits=splits)
+    splits, rows, rank = parts.shape
+    if splits == 1:
+        return parts[0]
     out = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
-    parts = torch.empty((splits, rows, rank), dtype=torch.float32, device=x.device) if splits > 1 else None
-    launch(x, A, out if parts is None else parts)
-    if parts is not None:
-        _add_up([(parts, out)], 1.0)
+    _combination(rows, rank, out.stride(), (splits,), None, 0, 0, 0, 1.0)(parts, out, None)
     return out
+
+
+def _ends(widths: tuple[int, ...], columns: int) -> tuple[int, ...]:
+    """Where the column blocks of each job end."""
+    return tuple(itertools.accumulate(cdiv(width, columns) for width in widths))
 
 
 @remembered
 def _widening(
     rows: int,
-    width: int,
+    widths: tuple[int, ...],
     rank: int,
     scaling: float,
-    thin_stride: int,
-    factor_width: int,
-    factor_rank: int,
+    splits: int,
+    thin_strides: tuple[int, ...],
+    total_stride: int,
+    factor_strides: tuple[int, ...],
     base_stride: int,
     out_stride: int,
-    tile: Tile,
+    tile: Tile | None,
 ) -> Launch:
+    tile = tile or WIDEN[_block(rank)]
+    ends = _ends(widths, tile.columns)
+    first_end, second_end, _ = (*ends, ends[-1], ends[-1])[:JOBS]
+    width, second_width, third_width = (*widths, 0, 0)[:JOBS]
+    thin_split, thin_stride, _ = thin_strides if len(thin_strides) == 3 else (0, *thin_strides)
     return Launch(
         widen_kernel,
-        (cdiv(width, tile.columns), cdiv(rows, tile.rows)),
-        ("thin", "factor", "base", "out"),
+        (ends[-1], cdiv(rows, tile.rows)),
+        ("thin", "total", "base", "factor", "out", "second_factor", "second_out", "third_factor", "third_out"),
         rows=rows,
         width=width,
+        second_width=second_width,
+        third_width=third_width,
         rank=rank,
         scaling=scaling,
+        thin_split=thin_split,
         thin_stride=thin_stride,
-        factor_width=factor_width,
-        factor_rank=factor_rank,
+        total_stride=total_stride,
+        factor_width=factor_strides[0],
+        factor_rank=factor_strides[1],
         base_stride=base_stride,
         out_stride=out_stride,
+        first_end=first_end,
+        second_end=second_end,
+        SPLITS=splits,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         RANK=_block(rank),
@@ -443,86 +564,144 @@ def widen(
     *,
     base: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``scaling * thin @ factor.T [+ base]`` for a thin factor of few columns.
 
     Args:
-        thin: [T, r], float16 or bfloat16, contiguous rows.
-        factor: [W, r], any strides; cast to the dtype of ``thin`` as it is read.
+        thin: [T, r], float16 or bfloat16, contiguous rows; or [splits, T, r] as ``narrow_parts`` leaves them.
+        factor: [W, r], any strides; cast to the dtype of the result as it is read.
         scaling: Factor of the product.
         base: [T, W] to add, contiguous rows, or None.
         out: [T, W] to fill, contiguous rows; may be ``base``. Default None: allocated.
+        total: [T, r] to fill with the sum of the parts, contiguous rows, or None. With float32 parts it or ``out``
+            says what dtype is meant.
         tile: Launch settings. Default None: by the rank.
 
     Returns:
-        [T, W] in the dtype of ``thin``: ``out`` when given.
+        [T, W] in the dtype of ``thin``, or ``total``: ``out`` when given.
     """
-    (rows, rank), width = thin.shape, factor.shape[0]
-    tile = tile or WIDEN[_block(rank)]
+    splits = 1 if thin.dim() == 2 else thin.shape[0]
+    (rows, rank), width = thin.shape[-2:], factor.shape[0]
     if out is None:
-        out = torch.empty((rows, width), dtype=thin.dtype, device=thin.device)
-    base_stride = 0 if base is None else base.stride(0)
-    strides = (thin.stride(0), *factor.stride(), base_stride, out.stride(0))
-    _widening(rows, width, rank, scaling, *strides, tile)(thin, factor, base, out)
+        out = torch.empty((rows, width), dtype=(thin if total is None else total).dtype, device=thin.device)
+    launch = _widening(
+        rows,
+        (width,),
+        rank,
+        scaling,
+        splits,
+        thin.stride(),
+        0 if total is None else total.stride(0),
+        factor.stride(),
+        0 if base is None else base.stride(0),
+        out.stride(0),
+        tile,
+    )
+    launch(thin, total, base, factor, out, None, None, None, None)
     return out
 
 
+def widen_each(
+    thin: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    scaling: float = 1.0,
+    *,
+    total: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> list[torch.Tensor]:
+    """``widen`` for two or three factors in one launch.
+
+    Args:
+        thin: As in ``widen``, with the columns of all factors side by side.
+        factors: [W, r] each, of one dtype, rank and strides.
+        scaling: As in ``widen``.
+        total: As in ``widen``.
+        tile: As in ``widen``.
+
+    Returns:
+        The product of each, contiguous.
+    """
+    splits = 1 if thin.dim() == 2 else thin.shape[0]
+    rows, widths = thin.shape[-2], tuple([factor.shape[0] for factor in factors])
+    dtype = (thin if total is None else total).dtype
+    outs = [torch.empty((rows, width), dtype=dtype, device=thin.device) for width in widths]
+    first = factors[0]
+    total_stride = 0 if total is None else total.stride(0)
+    launch = _widening(
+        rows, widths, first.shape[1], scaling, splits, thin.stride(), total_stride, first.stride(), 0, widths[0], tile
+    )
+    pairs = [x for pair in zip(factors, outs) for x in pair]
+    launch(thin, total, None, *pairs, *(None,) * (2 * (JOBS - len(factors))))
+    return outs
+
+
 class _Gradients(NamedTuple):
-    """The launch, and how many programs share the sums over columns and over rows."""
+    """The launch, where the jobs' column blocks end, how many programs share a sum over rows, and where those begin."""
 
     launch: Launch
-    blocks: int
+    ends: tuple[int, ...]
     parts: int
+    start: int
 
 
 @remembered
 def _differentiation(
     rows: int,
-    width: int,
+    widths: tuple[int, ...],
     rank: int,
-    dy_stride: int,
-    factor_width: int,
-    factor_rank: int,
+    dy_strides: tuple[int, ...],
+    factor_strides: tuple[int, ...] | None,
     skinny_stride: int,
     tile: Tile,
     parts: int | None,
     programs: int,
     stages: int,
 ) -> _Gradients:
-    columns = min(tile.columns, max(next_power_of_2(width), 16))
-    blocks, tiles = cdiv(width, columns), cdiv(rows, tile.rows)
+    columns = min(tile.columns, max(next_power_of_2(max(widths)), 16))
+    ends, tiles = _ends(widths, columns), cdiv(rows, tile.rows)
     if parts is None:
-        parts = min(max(programs // blocks, 1), tiles)
+        parts = min(max(programs // ends[-1], 1), tiles)
     tiles = cdiv(tiles, parts)
     parts = cdiv(cdiv(rows, tile.rows), tiles)
+    start = 0 if factor_strides is None else ends[-1] * rows * rank
+    first_end, second_end, _ = (*ends, ends[-1], ends[-1])[:JOBS]
+    width, second_width, third_width = (*widths, 0, 0)[:JOBS]
+    dy_stride, second_stride, third_stride = (*dy_strides, 0, 0)[:JOBS]
+    factor_width, factor_rank = factor_strides or (0, 0)
     launch = Launch(
         gradients_kernel,
-        (blocks, parts),
-        ("dy", "factor", "skinny", "thin", "gradient"),
+        (ends[-1], parts),
+        ("dy", "factor", "second_dy", "second_factor", "third_dy", "third_factor", "skinny", "sums"),
         rows=rows,
         width=width,
+        second_width=second_width,
+        third_width=third_width,
         rank=rank,
         tiles=tiles,
         dy_stride=dy_stride,
+        second_stride=second_stride,
+        third_stride=third_stride,
         factor_width=factor_width,
         factor_rank=factor_rank,
         skinny_stride=skinny_stride,
-        thin_split=rows * rank,
-        thin_stride=rank,
-        gradient_split=width * rank,
+        first_end=first_end,
+        second_end=second_end,
+        gradient_start=start,
+        gradient_split=sum(widths) * rank,
         ROWS=tile.rows,
         COLUMNS=columns,
         RANK=_block(rank),
         num_warps=tile.num_warps,
         num_stages=stages,
     )
-    return _Gradients(launch, blocks, parts)
+    return _Gradients(launch, ends, parts, start)
 
 
 def gradients(
-    dy: torch.Tensor,
-    factor: torch.Tensor | None,
+    dys: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor] | None,
     skinny: torch.Tensor | None,
     scaling: float = 1.0,
     *,
@@ -533,34 +712,49 @@ def gradients(
 ) -> None:
     """Fill ``thin = scaling * dy @ factor`` and ``gradient = scaling * dy.T @ skinny`` in one pass over ``dy``.
 
+    Up to three such jobs are done at once.
+
     Args:
-        dy: [T, W], float16 or bfloat16, contiguous rows.
-        factor: [W, r], any strides, or None without ``thin``.
-        skinny: [T, r] of the dtype of ``dy``, contiguous rows, or None without ``gradient``.
+        dys: [T, W] each, float16 or bfloat16, contiguous rows.
+        factors: For each dy [W, r], of one dtype, rank and strides; None without ``thin``.
+        skinny: [T, r] of the dtype of ``dy``, contiguous rows, or None without ``gradient``. Of several jobs the
+            columns are side by side.
         scaling: Factor of both products.
-        thin: [T, r] to fill, any strides and dtype, or None.
-        gradient: [W, r] to fill, any strides and dtype, or None.
+        thin: [T, r] to fill, any strides and dtype, or None; columns as in ``skinny``.
+        gradient: [W, r] to fill, any strides and dtype, or None. Of several jobs the rows follow one another.
         tile: Launch settings. Default None: by the rank.
         parts: Programs that share the sum over T. Default None: as many as fill the GPU.
     """
-    rows, width = dy.shape
-    given = factor if factor is not None else skinny
+    dy, jobs = dys[0], len(dys)
+    given = thin if thin is not None else skinny
     assert given is not None
-    rank = given.shape[1]
+    rows, rank = dy.shape[0], given.shape[1] // jobs
+    widths = tuple([x.shape[1] for x in dys])
+    if thin is None:
+        factors = None
+    if gradient is None:
+        skinny = None
     tile = tile or GRADIENTS[_block(rank)]
-    strides = (
-        dy.stride(0),
-        *((0, 0) if factor is None else factor.stride()),
+    launch, ends, parts, start = _differentiation(
+        rows,
+        widths,
+        rank,
+        tuple([x.stride(0) for x in dys]),
+        None if factors is None else factors[0].stride(),
         0 if skinny is None else skinny.stride(0),
+        tile,
+        parts,
+        GRADIENT_PROGRAMS * processors(dy),
+        _gradient_stages_on(tile, rank, dy.device),
     )
-    programs, stages = GRADIENT_PROGRAMS * processors(dy), _gradient_stages_on(tile, rank, dy.device)
-    launch, blocks, parts = _differentiation(rows, width, rank, *strides, tile, parts, programs, stages)
-    wide = {"dtype": torch.float32, "device": dy.device}
-    thin_parts = None if thin is None else torch.empty((blocks, rows, rank), **wide)
-    gradient_parts = None if gradient is None else torch.empty((parts, width, rank), **wide)
-    launch(dy, None if thin is None else factor, None if gradient is None else skinny, thin_parts, gradient_parts)
-    pairs = ((thin_parts, thin), (gradient_parts, gradient))
-    _add_up([(part, out) for part, out in pairs if part is not None and out is not None], scaling)
+    height = 0 if gradient is None else sum(widths)
+    sums = torch.empty(start + parts * height * rank, dtype=torch.float32, device=dy.device)
+    pairs = [x for pair in zip(dys, factors or (None,) * jobs) for x in pair]
+    launch(*pairs, *(None,) * (2 * (JOBS - jobs)), skinny, sums)
+    thin_strides = None if thin is None else thin.stride()
+    gradient_strides = None if gradient is None else gradient.stride()
+    combination = _combination(rows, rank, thin_strides, ends, gradient_strides, start, parts, height, scaling)
+    combination(sums, thin, gradient)
 
 
 def variants() -> Iterator[Variant]:
@@ -585,38 +779,56 @@ def variants() -> Iterator[Variant]:
                     **common,
                 )
                 tile = GRADIENTS[rank]
-                names = ("dy_stride", "factor_width", "skinny_stride", "thin_split", "gradient_split")
+                integers = ("tiles", "first_end", "second_end", "second_width", "third_width")
+                names = ("dy_stride", "factor_width", "skinny_stride", "gradient_start", "gradient_split")
+                for jobs, more in (("", {}), ("-three", _more("dy", p, masters))):
+                    yield Variant(
+                        f"low_rank_gradients-{form}{jobs}",
+                        gradients_kernel,
+                        {"dy": p, "factor": masters, "skinny": p, "sums": "*fp32", **sizes, **more}
+                        | {"second_stride": "i64", "third_stride": "i64"}
+                        | dict.fromkeys(integers, "i32")
+                        | dict.fromkeys(names, "i64"),
+                        {"factor_rank": 1, "ROWS": tile.rows, "COLUMNS": tile.columns, "RANK": rank}
+                        | ({} if more else _NO_MORE_DY),
+                        tile.num_warps,
+                        gradient_stages(tile, rank, limit),
+                        **common,
+                    )
+            names = ("thin_split", "thin_stride", "total_stride", "factor_width", "base_stride", "out_stride")
+            for jobs, splits, more in (("", 1, {"base": p}), ("-three", 2, {"total": p} | _more("out", p, masters))):
                 yield Variant(
-                    f"low_rank_gradients-{form}",
-                    gradients_kernel,
-                    {"dy": p, "factor": masters, "skinny": p, "thin": "*fp32", "gradient": "*fp32", **sizes}
-                    | {"tiles": "i32", "thin_stride": "i32", **dict.fromkeys(names, "i64")},
-                    {"factor_rank": 1, "ROWS": tile.rows, "COLUMNS": tile.columns, "RANK": rank},
-                    tile.num_warps,
-                    gradient_stages(tile, rank, limit),
-                    **common,
+                    f"low_rank_widen-{dtype}-{masters[1:]}-r{rank}{jobs}",
+                    widen_kernel,
+                    {"thin": p if splits == 1 else "*fp32", "factor": masters, "out": p, **sizes, "scaling": "fp32"}
+                    | more
+                    | dict.fromkeys(("second_width", "third_width", "first_end", "second_end"), "i32")
+                    | dict.fromkeys(names, "i64"),
+                    {"factor_rank": 1, "ROWS": WIDEN[rank].rows, "COLUMNS": WIDEN[rank].columns, "RANK": rank}
+                    | {"SPLITS": splits}
+                    | ({"base": None} if splits > 1 else {"total": None, **_NO_MORE_OUT}),
+                    WIDEN[rank].num_warps,
+                    WIDEN[rank].num_stages,
+                    minimum=least,
+                    representative=representative,
                 )
-            names = ("thin_stride", "factor_width", "base_stride", "out_stride")
-            yield Variant(
-                f"low_rank_widen-{dtype}-{masters[1:]}-r{rank}",
-                widen_kernel,
-                {"thin": p, "factor": masters, "base": p, "out": p, **sizes, "scaling": "fp32"}
-                | dict.fromkeys(names, "i64"),
-                {"factor_rank": 1, "ROWS": WIDEN[rank].rows, "COLUMNS": WIDEN[rank].columns, "RANK": rank},
-                WIDEN[rank].num_warps,
-                WIDEN[rank].num_stages,
-                minimum=least,
-                representative=representative,
-            )
-        jobs = {"first_out": p, "second_out": "*fp32", "scaling": "fp32", "programs": "i32"}
-        for job in ("first", "second"):
-            names = ("splits", "stride", "rows", "rank", "row", "column")
-            jobs |= {job: "*fp32"} | {f"{job}_{name}": "i32" for name in names}
+        integers = ("rows", "rank", "thin_row", "thin_column", "first_end", "second_end", "third_end")
+        more = ("job_programs", "thin_programs", "gradient_parts", "gradient_rows", "gradient_row", "gradient_column")
         yield Variant(
             f"low_rank_combine-{dtype}",
             combine_kernel,
-            jobs,
+            {"sums": "*fp32", "thin": p, "gradient": "*fp32", "gradient_start": "i64", "scaling": "fp32"}
+            | dict.fromkeys((*integers, *more), "i32"),
             {"TILE": COMBINE_TILE},
             minimum=least,
             representative=dtype == "bf16",
         )
+
+
+def _more(of: str, pointer: str, masters: str) -> dict[str, str]:
+    """The pointers of a second and a third job."""
+    return {f"{job}_{name}": kind for job in ("second", "third") for name, kind in ((of, pointer), ("factor", masters))}
+
+
+_NO_MORE_DY = dict.fromkeys(("second_dy", "second_factor", "third_dy", "third_factor"))
+_NO_MORE_OUT = dict.fromkeys(("second_factor", "second_out", "third_factor", "third_out"))

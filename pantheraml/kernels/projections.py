@@ -194,9 +194,18 @@ def project(
     """
     dtype = x.dtype
     kernels = (by_kernels(u, terms) if kernels is None else kernels) and u.stride(1) == 1
-    skinny = thin_product(u, terms, A, kernels=kernels)
-    outputs = []
+    parts, skinny = None, None if kernels else thin_product(u, terms, A, kernels=False)
+    if kernels and (A := joined_A(terms, None) if A is None else A) is not None:
+        # What its programs leave is added up by the kernels that read it.
+        parts = low_rank.narrow_parts(u, A)
+        skinny = parts[0] if parts.shape[0] == 1 else torch.empty(parts.shape[1:], dtype=dtype, device=x.device)
     shared = Fp8Input(x, rows)
+    bare = any(term.bias is not None or _is_bare(shared, term) for term in terms)
+    if parts is not None and residual is None and out is None and not bare and _together(terms):
+        factors, total = [t.B for t in terms if t.B is not None], None if parts.shape[0] == 1 else skinny
+        updates = low_rank.widen_each(parts, factors, terms[0].scaling, total=total)
+        return [y.addmm_(x, term.dense(dtype).t()) for y, term in zip(updates, terms)], skinny
+    outputs = []
     for term, piece in zip(terms, _pieces(terms)):
         added = None if term.bias is None else term.bias.to(dtype)
         if residual is not None:
@@ -211,9 +220,9 @@ def project(
                 added = y
             elif added is not None or out is not None:
                 y = torch.add(y, 0 if added is None else added, out=out)
-            outputs.append(y if columns is None else _update(columns, term, added, out, kernels=kernels))
+            outputs.append(y if columns is None else _update(columns, term, added, out, parts, piece))
         elif columns is not None:
-            y = _update(columns, term, added, out, kernels=kernels)
+            y = _update(columns, term, added, out, parts, piece)
             outputs.append(y.addmm_(x, term.dense(dtype).t()))
         elif added is None or added.dim() == 1:
             y = functional.linear(x, term.dense(dtype), added) if out is None else None
@@ -226,30 +235,53 @@ def project(
     return outputs, skinny
 
 
-def _bare_product(x: Fp8Input, term: Term) -> torch.Tensor | None:
-    """``x @ W.T`` where the weight is not made dense for it: in fp8, or in 4 bits with few rows of x, as in generation.
+def _together(terms: Sequence[Term]) -> bool:
+    """Whether the thin products of these terms share launches: they have one kind of adapter."""
+    if not 1 < len(terms) <= low_rank.JOBS:
+        return False
+    kinds = {None if t.B is None else (t.rank, t.scaling, t.grad_dtype, t.B.dtype, t.B.stride()) for t in terms}
+    return len(kinds) == 1 and None not in kinds
 
-    None for the others.
-    """
+
+def _by_vectors(x: torch.Tensor, term: Term) -> Quantized4Bit | None:
+    """The weight in 4 bits when few rows of x are multiplied with it as it is, as in generation."""
     stored = term.base.weight.stored if isinstance(term.base.weight, Nf4Fp8Weight) else term.base.weight
-    if (
-        isinstance(stored, Quantized4Bit)
-        and serves(x.x, stored)
-        and dispatch.resolve("nf4_matvec", x.x, term.backend) == "triton"
-    ):
+    served = isinstance(stored, Quantized4Bit) and serves(x, stored)
+    return stored if served and dispatch.resolve("nf4_matvec", x, term.backend) == "triton" else None
+
+
+def _is_bare(x: Fp8Input, term: Term) -> bool:
+    """Whether ``_bare_product`` makes the base's product."""
+    return term.fp8 is not None or _by_vectors(x.x, term) is not None
+
+
+def _bare_product(x: Fp8Input, term: Term) -> torch.Tensor | None:
+    """``x @ W.T`` where the weight is not made dense for it: in fp8, or in 4 bits with few rows of x. Else None."""
+    stored = _by_vectors(x.x, term)
+    if stored is not None:
         return nf4_matvec(x.x, stored, backend=term.backend)
     return None if term.fp8 is None else fp8_product(x, term.fp8, backend=term.backend)
 
 
 def _update(
-    columns: torch.Tensor, term: Term, added: torch.Tensor | None, out: torch.Tensor | None, *, kernels: bool
+    columns: torch.Tensor,
+    term: Term,
+    added: torch.Tensor | None,
+    out: torch.Tensor | None,
+    parts: torch.Tensor | None,
+    piece: slice,
 ) -> torch.Tensor:
-    """``scaling * columns @ B.T + added``, to which a dense base's product is added."""
+    """``scaling * columns @ B.T + added``, to which a dense base's product is added.
+
+    With the ``parts`` of all thin products, a kernel does it, and fills the columns of this ``piece`` where they are
+    several.
+    """
     assert term.B is not None
     rows, dtype = columns.shape[0], columns.dtype
-    if kernels:
+    if parts is not None:
         base = added if added is None or added.dim() == 2 else added.expand(rows, -1)
-        return low_rank.widen(columns, term.B, term.scaling, base=base, out=out)
+        total = None if parts.shape[0] == 1 else columns
+        return low_rank.widen(parts[:, :, piece], term.B, term.scaling, base=base, out=out, total=total)
     B = term.B.to(dtype).t()
     if added is not None:
         return torch.addmm(added, columns, B, alpha=term.scaling, out=out)
@@ -270,6 +302,25 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scalin
     return _scaled_product(left, right, scaling, out).to(dtype)
 
 
+def _through_every_B(
+    grads: Sequence[torch.Tensor],
+    skinny: torch.Tensor | None,
+    terms: Sequence[Term],
+    thin: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """``_through_B`` of terms that share a launch."""
+    first, heights = terms[0], [grad.shape[1] for grad in grads]
+    assert first.B is not None
+    joint = None
+    if skinny is not None:
+        dtype = first.grad_dtype or first.B.dtype
+        joint = torch.empty((sum(heights), first.rank), dtype=dtype, device=skinny.device)
+    factors = [term.B for term in terms if term.B is not None]
+    if thin is not None or joint is not None:
+        low_rank.gradients(grads, factors, skinny, first.scaling, thin=thin, gradient=joint)
+    return [None] * len(terms) if joint is None else list(joint.split(heights))
+
+
 def _through_B(
     grad: torch.Tensor, columns: torch.Tensor | None, term: Term, thin: torch.Tensor | None, *, kernels: bool
 ) -> torch.Tensor | None:
@@ -280,7 +331,7 @@ def _through_B(
     if kernels:
         grad_B = None if columns is None else torch.empty(B.shape, dtype=dtype, device=B.device)
         if thin is not None or grad_B is not None:
-            low_rank.gradients(grad, B, columns, term.scaling, thin=thin, gradient=grad_B)
+            low_rank.gradients([grad], [B], columns, term.scaling, thin=thin, gradient=grad_B)
         return grad_B
     if thin is not None:
         _scaled_product(grad, B.to(grad.dtype), term.scaling, thin)
@@ -297,7 +348,7 @@ def _through_A(
     if kernels:
         joint = distinct.pop() if len(distinct) == 1 else wide
         product = torch.empty((thin.shape[1], u.shape[1]), dtype=joint, device=u.device)
-        low_rank.gradients(u, None, thin, gradient=product.t())
+        low_rank.gradients([u], None, thin, gradient=product.t())
     else:
         product = _product(thin.t(), u, wide)
     return [None if dtype is None else product[piece].to(dtype) for dtype, piece in zip(dtypes, _pieces(terms))]
@@ -347,10 +398,16 @@ def project_backward(
         unused = any(grad is None for grad in grads)
         thin = (first.new_zeros if unused else first.new_empty)((rows, A.shape[0]))
     result: list[TermGradients] = []
-    for grad, term, piece, need in zip(grads, terms, _pieces(terms), needs):
+    given = [grad for grad in grads if grad is not None]
+    through: list[torch.Tensor | None] | None = None
+    if kernels and len(given) == len(terms) and _together(terms) and len({need.B for need in needs}) == 1:
+        through = _through_every_B(given, skinny if needs[0].B else None, terms, thin)
+    for i, (grad, term, piece, need) in enumerate(zip(grads, terms, _pieces(terms), needs)):
         grad_bias = grad_B = None
         if grad is not None:
-            if term.B is not None:
+            if through is not None:
+                grad_B = through[i]
+            elif term.B is not None:
                 columns = skinny[:, piece] if need.B and skinny is not None else None
                 grad_B = _through_B(grad, columns, term, None if thin is None else thin[:, piece], kernels=kernels)
             if need.bias and term.bias is not None:
@@ -360,8 +417,8 @@ def project_backward(
     grad_u = None
     if thin is not None and A is not None and (need_x or need_u):
         base = None if need_u else grad_x
-        through = _widen(thin, A, base, kernels=kernels)
-        grad_x, grad_u = (grad_x, through) if need_u else (through, None)
+        summand = _widen(thin, A, base, kernels=kernels)
+        grad_x, grad_u = (grad_x, summand) if need_u else (summand, None)
     if need_x:
         for grad, term in zip(grads, terms):
             if grad is not None and term.fp8 is None:

@@ -54,7 +54,7 @@ def test_gradients(wanted, rows, width, rank, dtype, device):
     def kernel(dy, factor, skinny):
         thin = torch.empty_like(skinny) if wanted != "gradient" else None
         gradient = torch.empty_like(factor) if wanted != "thin" else None
-        gradients(dy, factor, skinny, 0.7, thin=thin, gradient=gradient, tile=SMALL, parts=2)
+        gradients([dy], [factor], skinny, 0.7, thin=thin, gradient=gradient, tile=SMALL, parts=2)
         return thin, gradient
 
     def expected(dy, factor, skinny):
@@ -64,13 +64,67 @@ def test_gradients(wanted, rows, width, rank, dtype, device):
     assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
 
 
+@DTYPE
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("widths", [(97, 33), (130, 16, 70)], ids=str)
+def test_several_factors_share_a_launch(widths, splits, dtype, device):
+    """What is left of a sum over x goes through each factor, and comes out whole for the backward."""
+    rows, features, rank = 70, 140, 5
+    inputs = {"x": random(rows, features), "A": random(rank * len(widths), features, seed=1)}
+    inputs |= {f"B{i}": random(width, rank, seed=2 + i) for i, width in enumerate(widths)}
+
+    def kernel(x, A, **factors):
+        parts = low_rank.narrow_parts(x, A, tile=SMALL, splits=splits)
+        assert parts.shape == (splits, rows, rank * len(widths))
+        total = torch.empty(parts.shape[1:], dtype=x.dtype, device=x.device)
+        several = low_rank.widen_each(parts, list(factors.values()), 0.7, total=total, tile=SMALL)
+        first = widen(parts[:, :, :rank], factors["B0"], 0.7, base=several[0], total=total[:, :rank], tile=SMALL)
+        return total, *several, first
+
+    def expected(x, A, **factors):
+        thin = x @ A.t()
+        columns = thin.split(rank, 1)
+        several = [t @ B.t() * 0.7 for t, B in zip(columns, factors.values())]
+        return thin, *several, 2 * several[0]
+
+    assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
+
+
+@DTYPE
+@pytest.mark.parametrize("wanted", ["thin", "gradient", "both"])
+@pytest.mark.parametrize("widths", [(97, 33), (130, 16, 70)], ids=str)
+def test_several_gradients_share_a_launch(widths, wanted, dtype, device):
+    rows, rank = 70, 5
+    inputs = {f"dy{i}": random(rows, width, seed=i) for i, width in enumerate(widths)}
+    inputs |= {f"B{i}": random(width, rank, seed=3 + i) for i, width in enumerate(widths)}
+    inputs["skinny"] = random(rows, rank * len(widths), seed=6)
+
+    def split(tensors):
+        return [x for name, x in tensors.items() if "dy" in name], [x for name, x in tensors.items() if "B" in name]
+
+    def kernel(skinny, **tensors):
+        dys, factors = split(tensors)
+        thin = torch.empty_like(skinny) if wanted != "gradient" else None
+        gradient = skinny.new_empty(sum(widths), rank) if wanted != "thin" else None
+        gradients(dys, factors, skinny, 0.7, thin=thin, gradient=gradient, tile=SMALL, parts=2)
+        return thin, gradient
+
+    def expected(skinny, **tensors):
+        dys, factors = split(tensors)
+        thin = torch.cat([dy @ B * 0.7 for dy, B in zip(dys, factors)], 1)
+        gradient = torch.cat([dy.t() @ s * 0.7 for dy, s in zip(dys, skinny.split(rank, 1))])
+        return {"thin": (thin,), "gradient": (gradient,), "both": (thin, gradient)}[wanted]
+
+    assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
+
+
 def test_float32_masters_are_rounded_as_they_are_read(device):
     x, A, s = (t.to(device) for t in (random(9, 40).bfloat16(), random(4, 40, seed=1).float(), random(9, 4).bfloat16()))
     assert torch.equal(narrow(x, A), narrow(x, A.bfloat16()))
     assert torch.equal(widen(s, A.t()), widen(s, A.t().bfloat16()))
     thin = [torch.empty(9, 4, dtype=torch.bfloat16, device=device) for _ in range(2)]
-    gradients(x, A.t(), None, thin=thin[0])
-    gradients(x, A.t().bfloat16(), None, thin=thin[1])
+    gradients([x], [A.t()], None, thin=thin[0])
+    gradients([x], [A.t().bfloat16()], None, thin=thin[1])
     assert torch.equal(*thin)
 
 
@@ -79,7 +133,7 @@ def test_writes_into_given_places(device):
     dy, B, s = (t.bfloat16().to(device) for t in (random(40, 50), random(50, 4, seed=1), random(40, 4, seed=2)))
     thin = torch.zeros(40, 12, dtype=torch.bfloat16, device=device)
     dA = torch.zeros(4, 50, device=device)
-    gradients(dy, B, s, thin=thin[:, 4:8], gradient=dA.t())
+    gradients([dy], [B], s, thin=thin[:, 4:8], gradient=dA.t())
     torch.testing.assert_close(thin[:, 4:8].float(), dy.float() @ B.float(), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(dA, s.float().t() @ dy.float(), rtol=1e-4, atol=1e-4)
     assert not thin[:, :4].any()
@@ -107,8 +161,8 @@ def test_which_it_serves():
 def test_is_deterministic(device):
     dy, s = random(300, 64).bfloat16().to(device), random(300, 8, seed=1).bfloat16().to(device)
     first, second = (torch.empty(64, 8, device=device) for _ in range(2))
-    gradients(dy, None, s, gradient=first)
-    gradients(dy, None, s, gradient=second)
+    gradients([dy], None, s, gradient=first)
+    gradients([dy], None, s, gradient=second)
     assert torch.equal(first, second)
 
 
@@ -123,7 +177,7 @@ def test_real_shapes(rank, dtype, gpu):
 
     def kernel(dy, B, s):
         thin, gradient = torch.empty_like(s), torch.empty_like(B)
-        gradients(dy, B, s, 2.0, thin=thin, gradient=gradient)
+        gradients([dy], [B], s, 2.0, thin=thin, gradient=gradient)
         return thin, gradient, widen(s, B, 2.0)
 
     def expected(dy, B, s):
