@@ -13,6 +13,7 @@ from huggingface_hub import constants, snapshot_download
 from ..checkpoint.safetensors_io import SafetensorsFolder
 from ..errors import CheckpointError
 from .dense import QuantizedWeight
+from .layout import CheckpointLayout
 from .parameters import Parameter
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -99,15 +100,15 @@ class DenseWeights:
 
     def __init__(self) -> None:
         self.folder: SafetensorsFolder | None = None
-        self._on_disk: dict[str, str] = {}
+        self._layout: CheckpointLayout | None = None
 
-    def use(self, folder: SafetensorsFolder, entries: Iterable[Parameter], on_disk: dict[str, str]) -> None:
+    def use(self, folder: SafetensorsFolder, entries: Iterable[Parameter], layout: CheckpointLayout) -> None:
         """Read the original weights from ``folder`` from now on.
 
         Args:
             folder: The checkpoint.
             entries: All parameters of the model.
-            on_disk: Names in the checkpoint by names in memory.
+            layout: What of the checkpoint becomes which parameter.
 
         Raises:
             BaseUnavailableError: a quantised weight is not in it, or has another shape.
@@ -115,28 +116,28 @@ class DenseWeights:
         for entry in entries:
             if entry.quantized is None:
                 continue
-            name = on_disk.get(entry.spec.name)
-            if name is None or name not in folder:
-                raise BaseUnavailableError(f"{entry.spec.name} has no counterpart in {folder.folder}")
-            found = folder.spec(name)
-            if found.shape != entry.spec.shape or not found.dtype.is_floating_point or found.dtype.itemsize < 2:
-                raise BaseUnavailableError(
-                    f"{name} in {folder.folder} is {found.shape} {found.dtype}, and {entry.spec.shape} was loaded"
-                )
-        self.folder, self._on_disk = folder, on_disk
+            for due in layout.stored(entry.spec.name):
+                if due.name not in folder:
+                    raise BaseUnavailableError(f"{entry.spec.name} has no counterpart in {folder.folder}")
+                found = folder.spec(due.name)
+                if found.shape != due.shape or not found.dtype.is_floating_point or found.dtype.itemsize < 2:
+                    raise BaseUnavailableError(
+                        f"{due.name} in {folder.folder} is {found.shape} {found.dtype}, and {due.shape} was loaded"
+                    )
+        self.folder, self._layout = folder, layout
 
     def __call__(self, name: str, quantized: QuantizedWeight) -> torch.Tensor:
         """Return the dense weight in the checkpoint's orientation."""
         dequantized = quantized.dequantize()
-        if self.folder is None:
+        if self.folder is None or self._layout is None:
             return dequantized
-        original = self.folder.read(self._on_disk[name]).to(dequantized.device)
+        original = self._layout.assembled(name, self.folder.read).to(dequantized.device)
         reference = original.float()
         distance = float((dequantized.float() - reference).norm() / reference.norm().clamp_min(1e-12))
         if not distance <= _QUANTIZATION_BUDGET:
             raise CheckpointError(
                 "the base weights on disk are not those that were loaded",
-                where=f"{self._on_disk[name]} in {self.folder.folder}",
+                where=f"{self._layout.stored(name)[0].name} in {self.folder.folder}",
                 why=f"they differ by {distance:.0%} from the quantised weights in memory; quantisation explains "
                 f"{_QUANTIZATION_BUDGET:.0%} at most",
                 hint="restore the base model, or pass merge_onto='dequantized'",

@@ -131,8 +131,7 @@ def refuse_experts(base: PreTrainedModel) -> None:
         raise UnsupportedError(
             "experts are not written in this format",
             where=next(iter(experts)),
-            why=f"they would stay in 16 bit: {sum(p.numel() for p in experts.values()):,} of "
-            f"{sum(p.numel() for p in base.parameters()):,} weights",
+            why=f"they would stay in 16 bit: {sum(experts.values()):,} weights",
             hint="use save_method='merged_16bit', or save_pretrained_gguf",
         )
 

@@ -18,16 +18,20 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.safetensors_io import AHEAD
 from ..errors import CheckpointError, UnsupportedError
+from ..kernels import nf4_dequantize
+from ..models import stacks
 from ..models.layers.fp8 import Fp8Linear
 from ..models.layers.fp8_adapters import LoraOnFp8
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")  # bitsandbytes' classes, told by name: the package is optional
 BLOCK = 1 << 20  # numbers merged at a time: 4 MB in fp32
-_METHODS = ("forward", "merge", "get_delta_weight", "_old_forward", "_hf_hook")  # put on instances by other tools
+# Put on instances by other tools, and by ours.
+_METHODS = ("forward", "merge", "get_delta_weight", "get_param", "_activate_lora", "_old_forward", "_hf_hook")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,18 @@ class QuantizedWeight:
         module: The module that holds it.
         shape: Shape of the dense weight as its checkpoint has it.
         transposed: Whether the module holds the transpose of the checkpoint's tensor (Conv1D).
+        stack: Its name in the module where it stacks the experts of a mixture; None for the weight of a layer.
     """
 
     module: nn.Module
     shape: tuple[int, ...]
     transposed: bool
+    stack: str | None = None
 
     def dequantize(self) -> torch.Tensor:
         """Return the dense weight in the checkpoint's orientation, on the module's device."""
+        if self.stack is not None:
+            return nf4_dequantize(stacks.held(self.module, self.stack))  # type: ignore[arg-type]
         weight: Any = self.module.weight
         if isinstance(self.module, Fp8Linear):
             return self.module.dense_weight(torch.float32)
@@ -89,6 +97,14 @@ def quantized_weight(module: nn.Module, parameter: Any) -> QuantizedWeight | Non
     state = getattr(parameter, "quant_state", None)
     shape = tuple(state.shape) if state is not None else tuple(parameter.shape)
     return QuantizedWeight(module, shape[::-1] if transposed else shape, transposed)
+
+
+def quantized_stacks(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """The stacked experts of ``module`` that are held in 4 bits, by name."""
+    return {
+        name: QuantizedWeight(module, tuple(entry[0].quant_state.shape), False, name)
+        for name, entry in stacks.four_bit(module).items()
+    }
 
 
 class Buffers:
@@ -199,6 +215,10 @@ def merged_copy(
     touched = frozenset().union(*map(touches, layers))
     parameters: dict[str, nn.Parameter | None] = {}
     transposed = False
+    for key, quantized in quantized_stacks(module).items():
+        if key in touched:
+            tensor = dense(key, quantized)
+            parameters[key] = _fp32(tensor, device or tensor.device)
     for key, parameter in module._parameters.items():
         if parameter is None or key not in touched:
             if parameter is None:
@@ -213,7 +233,7 @@ def merged_copy(
     # A quantised Linear becomes a plain one: bitsandbytes' classes would quantise the merged weight again, and an fp8
     # one would look for its scales.
     foreign = any(kind.__module__.startswith("bitsandbytes") for kind in type(module).__mro__)
-    kind = nn.Linear if foreign or isinstance(module, Fp8Linear) else type(module)
+    kind = nn.Linear if foreign or isinstance(module, Fp8Linear) else type_before_parametrizations(module)
     base = _stand_in(module, kind, parameters, {})
     for layer in reversed(layers):
         modules = {

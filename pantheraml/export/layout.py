@@ -8,18 +8,20 @@ parameters it is made of, and so the reversal can be done on a few parameters at
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, dot_natural_key, revert_weight_conversion
 
 from ..checkpoint.safetensors_io import TensorSpec
 from ..errors import CheckpointError
+from ..models.stacks import DENSE_CONVERSIONS
 
 
 class _Traced(torch.Tensor):
@@ -90,6 +92,7 @@ class CheckpointLayout:
         self._config = model.config
         inputs = {spec.name: _traced(spec) for spec in specs}
         self.groups = _grouped(inputs, self._revert(inputs))
+        self._group_of = {name: group for group in self.groups for name in group.inputs}
 
     def _revert(self, state: dict[str, Any]) -> dict[str, Any]:
         if not self._conversions:
@@ -117,9 +120,43 @@ class CheckpointLayout:
             )
         return result
 
-    def renames(self) -> dict[str, str]:
-        """Names on disk by names in memory, for the parameters that are stored as they are."""
-        return {group.inputs[0]: group.outputs[0].name for group in self.groups if group.renamed}
+    def stored(self, name: str) -> tuple[TensorSpec, ...]:
+        """The tensors on disk from which the parameter ``name`` is made; those on disk may have other dtypes."""
+        return self._group_of[name].outputs
+
+    def assembled(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Make a parameter from a checkpoint, as loading does.
+
+        Args:
+            name: Its name in memory.
+            read: Gives a tensor of the checkpoint by its name on disk.
+        """
+        group = self._group_of[name]
+        if group.renamed:
+            return read(group.outputs[0].name)
+        transforms: dict[str, Any] = {}
+        for stored in sorted((spec.name for spec in group.outputs), key=dot_natural_key):
+            target, converter, pattern = self._forward(stored)
+            transform = transforms.setdefault(target, copy.deepcopy(converter))
+            transform.add_tensor(target, stored, pattern, read(stored))
+        made: dict[str, Any] = {}
+        for target, transform in transforms.items():
+            made |= transform.convert(target, config=self._config)
+        (tensor,) = made.values() if len(made) == 1 else [made[name]]
+        return tensor[0] if isinstance(tensor, list) else tensor
+
+    def _forward(self, stored: str) -> tuple[str, Any, str]:
+        """The name in memory of a tensor on disk, the conversion that leads there, and by which of its patterns."""
+        name = stored
+        for renaming in self._conversions:
+            if not isinstance(renaming, WeightConverter):
+                name = renaming.rename_source_key(name)[0]
+        for converter in self._conversions:
+            if isinstance(converter, WeightConverter):
+                target, pattern = converter.rename_source_key(name)
+                if pattern is not None:
+                    return target, converter, pattern
+        raise CheckpointError("no conversion of transformers reads this tensor", where=stored)
 
 
 def _conversions(model: PreTrainedModel) -> list[Any]:
@@ -128,7 +165,9 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     What a quantiser added does not belong to the checkpoint of the dense model. Without a load there is no knowing
     whether a prefix was there, so prefixes stay as they are in memory.
     """
-    loaded = getattr(model, "_weight_conversions", None)
+    # A model with experts in 4 bits saves these as they are.
+    loaded = getattr(model, DENSE_CONVERSIONS, None)
+    loaded = getattr(model, "_weight_conversions", None) if loaded is None else loaded
     if loaded is None:
         default = get_model_conversion_mapping(model, add_legacy=False)
         kept = [entry for entry in default if type(entry).__name__ != "PrefixChange"]

@@ -203,7 +203,7 @@ class _Merge:
                 token=self.record.token if self.record is not None else None,
                 load_kwargs=self.record.load_kwargs if self.record is not None else {},
             )
-            self._dense.use(folder, self.entries.values(), self.layout.renames())
+            self._dense.use(folder, self.entries.values(), self.layout)
         except BaseUnavailableError as error:
             if merge_onto == "base":
                 raise

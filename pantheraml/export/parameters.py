@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.safetensors_io import TensorSpec
 from ..errors import CheckpointError, ConflictError, UnsupportedError
+from ..models import stacks
 from ..models.layers.fp8 import Fp8Linear
 from .dense import (
     BLOCK,
@@ -22,6 +23,7 @@ from .dense import (
     merged_copy,
     merged_rows,
     pending,
+    quantized_stacks,
     quantized_weight,
     signature,
     touches,
@@ -82,9 +84,9 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def is_quantized(base: nn.Module) -> bool:
     """Whether any weight of ``base`` is held quantised (by bitsandbytes, or in fp8)."""
     return any(
-        parameter is not None and quantized_weight(module, parameter) is not None
+        quantized_stacks(module)
+        or any(p is not None and quantized_weight(module, p) is not None for p in module._parameters.values())
         for module in base.modules()
-        for parameter in module._parameters.values()
     )
 
 
@@ -98,14 +100,13 @@ def adapter_modules(base: nn.Module) -> set[str]:
     }
 
 
-def stacked_experts(base: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that hold the weights of all experts of a layer, by name."""
+def stacked_experts(base: nn.Module) -> dict[str, int]:
+    """How many numbers the parameters hold that stack the weights of all experts of a layer, by name."""
     return {
-        f"{path}.{name}": parameter
+        f"{path}.{name}": torch.Size(shape).numel()
         for path, module in base.named_modules()
         if getattr(module, "num_experts", None)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        for name, shape in stacks.shapes(module).items()
     }
 
 
@@ -158,16 +159,20 @@ class MergedParameters:
             return
         yield from self._own(module, prefix, layers)
         saved = tuple(layer for layer in layers if isinstance(layer[1], ModulesToSaveWrapper))
+        packed = quantized_stacks(module)
         for name, child in module.named_children():
-            yield from self._visit(child, f"{prefix}{name}.", f"{path}.{name}" if path else name, saved)
+            if not (packed and name == stacks.PARAMETRIZATIONS):
+                yield from self._visit(child, f"{prefix}{name}.", f"{path}.{name}" if path else name, saved)
 
     def _own(self, module: nn.Module, prefix: str, layers: tuple[tuple[str, Any], ...]) -> Iterator[Parameter]:
-        for key, parameter in module._parameters.items():
+        packed = quantized_stacks(module)
+        own = {key: stacks.four_bit(module)[key].original for key in packed} | module._parameters
+        for key, parameter in own.items():
             if parameter is None:
                 continue
             name = f"{prefix}{key}"
             _require_whole(parameter, name)
-            quantized = quantized_weight(module, parameter)
+            quantized = packed.get(key) or quantized_weight(module, parameter)
             if quantized is None and (not parameter.is_floating_point() or parameter.dtype.itemsize < 2):
                 raise UnsupportedError(
                     f"a weight held as {parameter.dtype} cannot be merged", where=name, hint="load the model in 16 bit"

@@ -168,9 +168,13 @@ def save_requantized(
 
 def _tell_experts(quantised: PreTrainedModel) -> None:
     """Say what share of a mixture of experts was not quantised."""
-    left = sum(p.numel() for p in stacked_experts(quantised).values() if type(p) is nn.Parameter)
+    left = sum(size for name, size in stacked_experts(quantised).items() if _is_plain(quantised, name))
     if left:
         log.warning(f"experts are not quantised by this format: {left:,} weights stay in {quantised.dtype}")
+
+
+def _is_plain(model: PreTrainedModel, name: str) -> bool:
+    return type(model.get_parameter(name)) is nn.Parameter
 
 
 def _verify(

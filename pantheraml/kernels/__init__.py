@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .cross_entropy import cross_entropy as cross_entropy
     from .dispatch import resolve as resolve
     from .experts import experts_mlp as experts_mlp
+    from .four_bit_stack import FourBitStack as FourBitStack
     from .fp8 import Fp8Matrix as Fp8Matrix
     from .fp8 import fp8_dequantize as fp8_dequantize
     from .fp8 import fp8_matmul as fp8_matmul
@@ -93,6 +94,7 @@ _EXPORTS = {
     "fp8_product": "fp8_linear",
     "fp8_input_gradient": "fp8_linear",
     "Stack": "grouped_gemm",
+    "FourBitStack": "four_bit_stack",
     "experts_mlp": "experts",
     "Routing": "routing",
     "route": "routing",

@@ -7,7 +7,7 @@ For each token t, the experts e = experts[t, k] that it chose and their weights 
 Kept for the backward: x, the weights, where tokens went, the outputs of ``up`` and the adapters' skinny products. Rows
 of x are gathered again, the gated product is computed again, and the outputs of ``down`` are not needed: with
 ``d_hidden[i] = dout[t] @ Down[e]`` of the row i of t and k, the gradient of its weight is ``hidden[i] . d_hidden[i]``
-(and ``dout[t] . bias[e]``).
+(and ``dout[t] . bias[e]``). Stacks in 4 bits are made dense for each product, one after the other, and never kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError
 from . import dispatch
+from .four_bit_stack import FourBitStack, dense
 from .glu import packed_glu
 from .grouped_gemm import (
     Stack,
@@ -33,6 +34,8 @@ from .reference import grouped_gemm as reference
 from .routing import Routing, combine, route, weigh_
 
 _STACK = 4
+# Of both stacks, what is no tensor of the graph.
+_Rests = tuple[tuple[float, FourBitStack | None], tuple[float, FourBitStack | None]]
 
 
 class _ExpertsMLP(torch.autograd.Function):
@@ -42,12 +45,12 @@ class _ExpertsMLP(torch.autograd.Function):
         x: torch.Tensor,
         weights: torch.Tensor,
         routing: Routing,
-        scalings: tuple[float, float],
+        rests: _Rests,
         options: Mapping[str, Any],
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         backend = options["backend"]
-        up, down = _stacks(tensors, scalings)
+        up, down = _stacks(tensors, rests)
         with torch.autocast(x.device.type, enabled=False):
             rows = x.index_select(0, routing.order // routing.choices)
             gate_up, skinny = grouped_project(rows, routing.ends, up, backend)
@@ -57,7 +60,7 @@ class _ExpertsMLP(torch.autograd.Function):
             del hidden
             out = combine(y, routing.inverse, routing.choices, weights, backend=backend)
         ctx.save_for_backward(x, weights, *routing[:3], gate_up, skinny, down_skinny, *tensors)
-        ctx.scalings, ctx.options, ctx.choices = scalings, options, routing.choices
+        ctx.rests, ctx.options, ctx.choices = rests, options, routing.choices
         return out
 
     @staticmethod
@@ -65,7 +68,7 @@ class _ExpertsMLP(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weights, order, inverse, ends, gate_up, skinny, down_skinny, *tensors = ctx.saved_tensors
         need_x, need_weights, _, _, _, *flags = ctx.needs_input_grad
-        up, down = _stacks(tensors, ctx.scalings)
+        up, down = _stacks(tensors, ctx.rests)
         up_needs, down_needs = StackNeeds(*flags[:_STACK]), StackNeeds(*flags[_STACK:])
         inner = need_x or any(up_needs)
         options, backend = ctx.options, ctx.options["backend"]
@@ -122,8 +125,8 @@ def _of_weights(
     return dots.index_select(0, inverse).view(weights.shape).to(weights.dtype)
 
 
-def _stacks(tensors: Any, scalings: tuple[float, float]) -> tuple[Stack, Stack]:
-    return Stack.of(tensors[:_STACK], scalings[0]), Stack.of(tensors[_STACK:], scalings[1])
+def _stacks(tensors: Any, rests: _Rests) -> tuple[Stack, Stack]:
+    return Stack.of(tensors[:_STACK], rests[0]), Stack.of(tensors[_STACK:], rests[1])
 
 
 def experts_mlp(
@@ -150,7 +153,7 @@ def experts_mlp(
         x: [T, H].
         experts: [T, K], int64 or int32 in [0, G).
         weights: [T, K], floating; they get a gradient.
-        up: [G, 2 I, H], gate and up in one; trained, frozen, or with adapters.
+        up: [G, 2 I, H], gate and up in one; trained, frozen (also in 4 bits), or with adapters.
         down: [G, H, I].
         activation: As in ``packed_glu``, like the remaining options. Default ``"silu"``.
         interleaved: As in ``packed_glu``.
@@ -183,9 +186,32 @@ def experts_mlp(
         raise ConfigError(f"down {list(down.weight.shape)} does not lead back to x {list(x.shape)}", where=where)
     shape = {"interleaved": interleaved, "limit": limit, "alpha": alpha, "up_offset": up_offset}
     if backend == "reference":
+        up, down = (stack._replace(weight=dense(stack.weight, x.dtype)) for stack in (up, down))
         return reference.experts_mlp(x, experts, weights, up, down, activation, **shape)
     if backend == "triton":
         require_kernel(where, x)
     options = {"activation": activation, **shape, "backend": backend}
-    scalings = up.scaling, down.scaling
-    return _ExpertsMLP.apply(x, weights, route(experts, groups), scalings, options, *up.tensors, *down.tensors)
+    if not torch.is_grad_enabled() and experts.numel() < groups:
+        experts, (up, down) = _chosen_only(experts, (up, down))
+        groups = up.weight.shape[0]
+    rests = up.rest, down.rest
+    return _ExpertsMLP.apply(x, weights, route(experts, groups), rests, options, *up.tensors, *down.tensors)
+
+
+def _chosen_only(experts: torch.Tensor, stacks: tuple[Stack, Stack]) -> tuple[torch.Tensor, tuple[Stack, Stack]]:
+    """For fewer rows than experts: an expert for each row, so that only these have to be made dense.
+
+    Which they are stays on the device; an expert that two tokens chose is made twice.
+    """
+    packed = [stack.weight for stack in stacks]
+    if not all(isinstance(weight, FourBitStack) and weight.divisible for weight in packed):
+        return experts, stacks
+    rows = experts.reshape(-1).long()
+
+    def of_rows(stack: Stack) -> Stack:
+        assert isinstance(stack.weight, FourBitStack)
+        bias, A, B = (None if t is None else t.index_select(0, rows) for t in stack.tensors[1:])
+        return Stack(stack.weight.chosen(rows), bias, A, B, stack.scaling)
+
+    one_each = torch.arange(len(rows), device=rows.device).view(experts.shape)
+    return one_each, (of_rows(stacks[0]), of_rows(stacks[1]))

@@ -25,6 +25,7 @@ from ..errors import ConfigError, UnsupportedError
 from . import dispatch
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
+from .four_bit_stack import FourBitStack, dense
 from .reference import grouped_gemm as reference
 from .utils import cdiv, next_power_of_2
 
@@ -322,29 +323,36 @@ class Stack(NamedTuple):
     """One linear layer of all experts, with at most one low-rank update.
 
     Attributes:
-        weight: [G, O, I]; a transposed view of [G, I, O] is taken as it is.
+        weight: [G, O, I], a tensor or frozen in 4 bits; a transposed view of [G, I, O] is taken as it is.
         bias: [G, O] or None.
         A: [G, r, I] or None.
         B: [G, O, r] or None.
         scaling: Factor of the update.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | FourBitStack
     bias: torch.Tensor | None = None
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
     scaling: float = 1.0
 
     @classmethod
-    def of(cls, tensors: Sequence[Any], scaling: float) -> Stack:
-        """The stack of ``tensors`` as that property gives them."""
+    def of(cls, tensors: Sequence[Any], rest: tuple[float, FourBitStack | None]) -> Stack:
+        """The stack of ``tensors`` and ``rest`` as these properties give them."""
         weight, bias, A, B = tensors
-        return cls(weight, bias, A, B, scaling)
+        scaling, packed = rest
+        return cls(weight if packed is None else packed, bias, A, B, scaling)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Weight, bias, A and B."""
-        return self[:4]
+        """Weight, bias, A and B, as far as they may need a gradient."""
+        weight, bias, A, B, _ = self
+        return None if isinstance(weight, FourBitStack) else weight, bias, A, B
+
+    @property
+    def rest(self) -> tuple[float, FourBitStack | None]:
+        """The scaling, and a weight in 4 bits."""
+        return self.scaling, self.weight if isinstance(self.weight, FourBitStack) else None
 
 
 def check_stack(where: str, x_width: int, groups: int, stack: Stack) -> None:
@@ -382,8 +390,8 @@ def grouped_project(
     bias = None if bias is None else bias.to(dtype).contiguous()
     common: dict[str, Any] = {"backend": backend}
     if A is None or B is None:
-        return _rows_times(x, weight.to(dtype).transpose(1, 2), ends, bias=bias, **common), None
-    y = _rows_times(x, weight.to(dtype).transpose(1, 2), ends, **common)
+        return _rows_times(x, dense(weight, dtype).transpose(1, 2), ends, bias=bias, **common), None
+    y = _rows_times(x, dense(weight, dtype).transpose(1, 2), ends, **common)
     skinny = _rows_times(x, _factor(A, dtype).transpose(1, 2), ends, **common)
     _rows_times(skinny, _factor(B, dtype).transpose(1, 2), ends, scaling=scaling, bias=bias, base=y, **common)
     return y, skinny
@@ -435,9 +443,10 @@ def grouped_project_backward(
 
     grad_x = grad_weight = grad_bias = grad_A = grad_B = None
     if need_x:
-        grad_x = _rows_times(grad, weight.to(dtype), ends, **common)
+        grad_x = _rows_times(grad, dense(weight, dtype), ends, **common)
     if needs.weight:
         assert x is not None
+        assert isinstance(weight, torch.Tensor)
         grad_weight = _columns_times(grad, weighted(x), ends, weight.dtype, **common)
     if needs.bias and bias is not None:
         wide = torch.promote_types(torch.float32, dtype)
@@ -463,16 +472,16 @@ class _GroupedGemm(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         ends: torch.Tensor,
-        scaling: float,
+        rest: tuple[float, FourBitStack | None],
         backend: dispatch.Backend,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        stack = Stack.of(tensors, scaling)
+        stack = Stack.of(tensors, rest)
         with torch.autocast(x.device.type, enabled=False):
             y, skinny = grouped_project(x, ends, stack, backend)
         needs = StackNeeds(*ctx.needs_input_grad[4:])
         ctx.save_for_backward(x if needs.weight or needs.A else None, ends, skinny if needs.B else None, *tensors)
-        ctx.scaling, ctx.backend = scaling, backend
+        ctx.rest, ctx.backend = rest, backend
         return y
 
     @staticmethod
@@ -486,7 +495,7 @@ class _GroupedGemm(torch.autograd.Function):
                 x,
                 skinny,
                 ends,
-                Stack.of(tensors, ctx.scaling),
+                Stack.of(tensors, ctx.rest),
                 StackNeeds(*ctx.needs_input_grad[4:]),
                 need_x=ctx.needs_input_grad[0],
                 backend=ctx.backend,
@@ -496,7 +505,7 @@ class _GroupedGemm(torch.autograd.Function):
 
 def grouped_gemm(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | FourBitStack,
     ends: torch.Tensor,
     A: torch.Tensor | None = None,
     B: torch.Tensor | None = None,
@@ -511,7 +520,7 @@ def grouped_gemm(
 
     Args:
         x: [M, I], rows sorted by group, as ``permute`` gives them.
-        weight: [G, O, I], trained or frozen; a transposed view of [G, I, O] is taken as it is.
+        weight: [G, O, I], trained or frozen, or frozen in 4 bits; a transposed view of [G, I, O] is taken as it is.
         ends: [G] int32, the row after the last of each group, from ``route``; ``ends[-1]`` is M.
         A: [G, r, I] or None (default) without adapters.
         B: [G, O, r] or None.
@@ -536,8 +545,8 @@ def grouped_gemm(
     if backend == "triton":
         require_kernel(where, x)
     if backend == "reference":
-        return reference.grouped_linear(x, weight, ends, A, B, scaling, bias=bias)
-    return _GroupedGemm.apply(x, ends, scaling, backend, *stack.tensors)
+        return reference.grouped_linear(x, dense(weight, x.dtype), ends, A, B, scaling, bias=bias)
+    return _GroupedGemm.apply(x, ends, stack.rest, backend, *stack.tensors)
 
 
 def require_kernel(where: str, x: torch.Tensor) -> None:

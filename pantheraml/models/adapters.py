@@ -13,6 +13,8 @@ from torch import nn
 
 from .. import log
 from .._compat.peft import answering
+from .._compat.peft_four_bit import prepare as prepare_four_bit
+from .._compat.peft_four_bit import shown
 from ..device import require
 from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError, unknown_arguments
 from ..parallel import parts
@@ -354,7 +356,7 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     parts.gather([m for name, m in model.named_modules() if name.rpartition(".")[2] in (config.modules_to_save or ())])
     # With checkpointing on PEFT makes the embedding output require gradients, which only reentrant checkpointing needs.
     set_checkpointing(model, False)
-    with answering(model):
+    with answering(model), shown(model):
         wrapped = get_peft_model(model, config)
     if scheme is not None:
         qat.prepare(wrapped, scheme)
@@ -423,6 +425,7 @@ def finish_adapter(model: Any, *, mode: bool | str) -> Any:
         mode: Activation checkpointing, as ``check_mode`` returns it.
     """
     base = model.get_base_model()
+    prepare_four_bit(model)
     parts.gather([model], trained_only=True)
     upcast_trainable(model)
     record: ModelRecord | None = record_of(model)

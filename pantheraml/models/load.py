@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch import nn
 
 from .. import env, log
 from .._compat.peft import answering
+from .._compat.peft_four_bit import shown
 from ..device import Device, get_device
 from ..errors import (
     ArgumentError,
@@ -25,7 +27,7 @@ from ..parallel.config import MultiGPUConfig
 from ..parallel.parts import gather, in_parts
 from ..parallel.process_group import join_after_restart, setup_distributed_training
 from ..parallel.xla import place
-from . import qat, resolve, stream
+from . import qat, resolve, stacks, stream
 from .adapt import adapt
 from .adapters import finish_adapter, seed_everything, upcast_trainable
 from .attention import check_request as check_attention_request
@@ -45,6 +47,7 @@ from .quantize import (
 )
 from .record import ModelRecord, attach_record
 from .request import HUB_KEYWORDS, LoadRequest, check_options, dtype_argument, take_config_fields
+from .roles import looks_like_experts
 from .source import Hub, Source, check_source_weights, load_config, resolve_source
 from .tokenizers import (
     grow_embeddings,
@@ -177,7 +180,7 @@ def _attach_adapter(model: Any, source: Source, hub: Hub) -> Any:
         saved = source.adapter.get("modules_to_save") or ()
         gather([module for name, module in model.named_modules() if name.rpartition(".")[2] in saved])
     try:
-        with answering(model):
+        with answering(model), shown(model):
             wrapped = PeftModel.from_pretrained(model, source.name, is_trainable=True, **options)
         if getattr(wrapped.peft_config["default"], "modules_to_save", None) and model.dtype != torch.float32:
             # PEFT read the trained embedding and head into 16-bit copies, which rounded them.
@@ -191,6 +194,19 @@ def _attach_adapter(model: Any, source: Source, hub: Hub) -> Any:
             why=(lines[1] if len(lines) > 1 else lines[0]).strip() if lines else type(error).__name__,
             hint="check base_model_name_or_path in adapter_config.json",
         ) from error
+
+
+def _take_experts_too(options: dict[str, Any]) -> None:
+    """Ask for the quantiser that knows stacked experts, instead of transformers' own."""
+    from .four_bit import FourBitLoadingConfig  # bitsandbytes is optional
+
+    stored = getattr(options["config"], "quantization_config", None)
+    if stored is None:
+        options["quantization_config"] = FourBitLoadingConfig(options["quantization_config"])
+    else:
+        options.pop("quantization_config", None)
+        options["config"] = copy.copy(options["config"])
+        options["config"].quantization_config = FourBitLoadingConfig(stored)
 
 
 @dataclass(frozen=True)
@@ -225,6 +241,8 @@ class _Plan:
             options["max_memory"] = request.max_memory
         if self.quantization.config is not None:
             options["quantization_config"] = self.quantization.config
+        if self.quantization.method in ("nf4", "fp4"):
+            _take_experts_too(options)
         if request.text_only:
             options.setdefault("key_mapping", dict(_TEXT_WEIGHTS))
         return options
@@ -452,12 +470,27 @@ def _reload_options(request: LoadRequest, source: Source, model_options: dict[st
     return kept
 
 
+def _tell_experts(model: nn.Module, method: str) -> str:
+    """What became of a mixture's experts, the largest part of it."""
+    if method not in ("nf4", "fp4"):
+        return ""
+    counts = [stacks.count(module) for module in model.modules() if looks_like_experts(module)]
+    total, packed = (sum(numbers) for numbers in (zip(*counts) if counts else ((), ())))
+    told = []
+    if packed:
+        told.append(f"{packed:,} weights of experts too")
+    if total > packed:
+        told.append(f"{total - packed:,} weights of experts are not")
+    return f" ({', '.join(told)})" if told else ""
+
+
 def _banner(model: Any, config: Any, record: ModelRecord, quantization: Quantization, device: Device) -> None:
     parts = [
         config.model_type,
         str(record.dtype).removeprefix("torch."),
         {"none": "unquantised"}.get(quantization.method, quantization.method)
-        + (" with fp8 products" if quantization.fp8_compute else ""),
+        + (" with fp8 products" if quantization.fp8_compute else "")
+        + _tell_experts(model, quantization.method),
         device.name if device.type != "cpu" else "cpu",
         f"{record.max_seq_length} tokens",
     ]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 # Rows of small, usual and large values: epsilon shows in the first, clamps and saturation in the last.
 ROW_SCALES = (1e-3, 0.3, 1.0, 4.0, 100.0)
@@ -72,7 +73,7 @@ def stand_in(
         parameters: The copy's own parameters.
         children: The copy's children.
     """
-    clone = object.__new__(type(module))
+    clone = object.__new__(type_before_parametrizations(module))
     state = dict(module.__dict__)
     for name in [name for name in state if name in ("forward", "_old_forward", "_hf_hook", "_pantheraml_swap")]:
         del state[name]

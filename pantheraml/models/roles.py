@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import stacks
+
 # transformers' kernel hub and its own decorators name root mean square norms so.
 DECLARED_RMS_NORM = "RMSNorm"
 # What families call the projections of their attention; the fourth, back to the hidden size, has many names.
@@ -160,7 +162,7 @@ def is_parameter_lora(module: Any) -> bool:
 
 def looks_like_experts(module: nn.Module) -> bool:
     """Several three-dimensional parameters whose first dimension is a number of experts that the module knows."""
-    stacked = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    stacked = [shape[0] for shape in stacks.shapes(module).values()]
     counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
     return len(stacked) >= 2 and len(set(stacked)) == 1 and stacked[0] in counts
 

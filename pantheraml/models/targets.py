@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import log
 from ..errors import ArgumentError, ConfigError, ConflictError, nearest
+from . import stacks
 
 # A projection that some families store fused under another name.
 _FUSED_NAMES = {
@@ -154,10 +155,16 @@ def choose_layers(
 def _expert_parameters(model: nn.Module) -> list[str]:
     """Names of parameters that stack the weights of all experts of a layer."""
     return [
-        re.sub(r"\.(base_layer)(?=\.)", "", name)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name and ".lora_" not in name
+        f"{_plain(path)}.{name}"
+        for path, module in model.named_modules()
+        for name in stacks.shapes(module)
+        if "expert" in f"{path}.{name}" and ".lora_" not in path
     ]
+
+
+def _plain(path: str) -> str:
+    """The name of a module as it is without adapters."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", path)
 
 
 def _model_type(model: nn.Module) -> str | None:

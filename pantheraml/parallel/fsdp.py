@@ -146,17 +146,23 @@ def _check(model: nn.Module, layers: Sequence[nn.Module]) -> None:
                 hint="let every GPU hold a copy: strategy='ddp'",
             )
         seen |= own
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or parameter.is_meta:
-            continue
-        kind = type(parameter)
-        four_bit = getattr(parameter, STATE, None) is not None
-        if not four_bit and (kind is not nn.Parameter or parameter.dtype not in _FLOATS):
-            raise UnsupportedError(
-                f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, which cannot be sharded",
-                where=kind.__name__,
-                hint="load in 16 bits or with load_in_4bit=True, or let every GPU hold a copy: strategy='ddp'",
-            )
+    for path, owner in model.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            # A stack of experts in 4 bits lies beside the module that reads it.
+            described = any(getattr(item, STATE, None) is not None for item in (parameter, *owner.children()))
+            _check_parameter(f"{path}.{name}", parameter, described)
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, is_four_bit: bool) -> None:
+    kind = type(parameter)
+    if isinstance(parameter, DTensor) or parameter.is_meta or is_four_bit:
+        return
+    if kind is not nn.Parameter or parameter.dtype not in _FLOATS:
+        raise UnsupportedError(
+            f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, which cannot be sharded",
+            where=kind.__name__,
+            hint="load in 16 bits or with load_in_4bit=True, or let every GPU hold a copy: strategy='ddp'",
+        )
 
 
 # ---------------------------------------------------------------- for a plan of memory

@@ -71,6 +71,9 @@ def divide(model: nn.Module, names: Iterable[str], ranks: DeviceMesh) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
+        packed = owner._modules.get("parametrizations")
+        if packed is not None and leaf in packed._modules:  # a stack of experts in 4 bits
+            owner, leaf = packed.get_submodule(leaf), "original"
         parameter = owner._parameters.get(leaf)
         if parameter is None or parameter.dim() < 2:
             continue

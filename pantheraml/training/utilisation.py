@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..device import Device
+from ..models import stacks
 from ..models.record import record_of
 from ..models.roles import looks_like_experts
 
@@ -66,14 +67,18 @@ def flops_per_token(model: nn.Module) -> float:
             if parameter.dim() < 2:
                 continue
             count = float(numbers_in(module, parameter))
-            if chosen is not None and looks_like_experts(module):
-                count *= min(chosen / parameter.shape[0], 1.0)
+            stack = stacks.packed_shape(module) or (parameter.shape if looks_like_experts(module) else None)
+            if chosen is not None and stack is not None:
+                count *= min(chosen / stack[0], 1.0)
             total += count * (6 if parameter.requires_grad else 4)
     return total
 
 
 def numbers_in(module: nn.Module, parameter: nn.Parameter) -> int:
     """How many numbers a parameter of a module stands for, also one that is packed, whole or sharded."""
+    stack = stacks.packed_shape(module)
+    if stack is not None:
+        return torch.Size(stack).numel()
     state = getattr(parameter, "quant_state", None)
     if state is None and parameter is module._parameters.get("weight") and not parameter.is_floating_point():
         # Of a sharded model the layer has the state.

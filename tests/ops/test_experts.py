@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from pantheraml.errors import ArgumentError, ConfigError, UnsupportedError
+from pantheraml.kernels import four_bit_stack
 from pantheraml.kernels.experts import experts_mlp
+from pantheraml.kernels.four_bit_stack import FourBitStack
 from pantheraml.kernels.grouped_gemm import Stack
 from pantheraml.kernels.reference.grouped_gemm import experts_mlp as reference
+from pantheraml.kernels.reference.nf4 import Quantized4Bit
 
 from .support import DTYPES, assert_matches, random
 
@@ -152,3 +155,77 @@ def test_real_shapes(dtype, backend, gpu):
     }
     kernel, eager = call(experts_mlp, {"backend": backend}), call(reference, {})
     assert_matches(kernel, eager, inputs, dtype=dtype, device=gpu, grad=("x", "weights", *ADAPTERS))
+
+
+def quantize(weight, *, nested):
+    """``weight`` in 4 bits, with codes and scales at random: what they stand for is what is compared."""
+    generator = torch.Generator().manual_seed(11)
+    blocks = -(-weight.numel() // BLOCK)
+    common = {
+        "packed": torch.randint(256, (weight.numel() // 2,), dtype=torch.uint8, generator=generator),
+        "code": torch.linspace(-1, 1, 16),
+        "blocksize": BLOCK,
+        "shape": weight.shape,
+        "dtype": torch.float32,
+    }
+    if not nested:
+        return Quantized4Bit(absmax=torch.rand(blocks, generator=generator), **common)
+    return Quantized4Bit(
+        absmax=torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
+        nested_absmax=torch.rand(-(-blocks // NESTED), generator=generator),
+        nested_code=torch.linspace(-0.5, 0.5, 256),
+        nested_offset=torch.tensor(0.6),
+        nested_blocksize=NESTED,
+        **common,
+    )
+
+
+# Blocks of one matrix lie in several blocks of scales, and matrices of I x O = 480 and 240 are whole blocks of 16.
+BLOCK, NESTED = 16, 8
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_stacks_in_4_bits_are_those_that_they_stand_for(nested, transposed):
+    given = {name: t.float() if t.is_floating_point() else t for name, t in tensors().items()}
+    packed = {}
+    for name in WEIGHTS:
+        shape = given[name].mT.contiguous() if transposed else given[name]
+        packed[name] = FourBitStack(quantize(shape, nested=nested), transposed)
+        assert packed[name].shape == given[name].shape
+        given[name] = packed[name].dense(torch.float32)
+    leaves = ("x", "weights", *BIASES, *ADAPTERS)
+
+    def run(weights):
+        own = {name: given[name].clone().requires_grad_() for name in leaves}
+        y = call(experts_mlp, GPT_OSS)(**{**given, **own, **weights})
+        y.backward(torch.ones_like(y))
+        return y, [own[name].grad for name in leaves]
+
+    (y, grads), (due, due_grads) = run(packed), run({})
+    assert torch.equal(y, due)
+    for name, grad, other in zip(leaves, grads, due_grads, strict=True):
+        assert torch.equal(grad, other), name
+    # Fewer rows than experts, as in a step of generation: only the chosen ones are made dense.
+    with torch.no_grad():
+        for rows in (1, 2):
+            few = {**given, **packed} | {name: given[name][:rows] for name in ("x", "weights", "experts")}
+            torch.testing.assert_close(call(experts_mlp, GPT_OSS)(**few), due[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_only_chosen_experts_are_made_dense(monkeypatch):
+    made = []
+    original = four_bit_stack.nf4_dequantize
+    monkeypatch.setattr(four_bit_stack, "nf4_dequantize", lambda q, **k: made.append(q.shape[0]) or original(q, **k))
+    given = {name: t.float() if t.is_floating_point() else t for name, t in tensors().items()}
+    packed = {name: FourBitStack(quantize(given[name], nested=True)) for name in WEIGHTS}
+    few = {**given, **packed} | {name: given[name][:2] for name in ("x", "weights", "experts")}
+    with torch.no_grad():
+        call(experts_mlp, {})(**few)
+        assert made == [4, 4]
+        call(experts_mlp, {})(**{**few, **{name: given[name][:3] for name in ("x", "weights", "experts")}})
+        assert made == [4, 4, GROUPS, GROUPS]
+    few["x"].requires_grad_()
+    call(experts_mlp, {})(**few).sum().backward()
+    # Forward and backward of both.
+    assert made[4:] == [GROUPS] * 4

@@ -17,8 +17,12 @@ import torch
 from torch import nn
 
 from ... import kernels
+from ..._compat.peft_four_bit import over_four_bits
+from ...kernels.four_bit_stack import FourBitStack
 from ...kernels.glu import ACTIVATIONS
 from ...kernels.grouped_gemm import Stack
+from ...kernels.reference.nf4 import Quantized4Bit
+from .. import stacks
 from ..probe import FOREIGN_ERRORS, copy_child, stand_in
 from ..roles import is_parameter_lora, looks_like_experts, plain_tensor
 from .lora import compute_dtype, untouched
@@ -57,7 +61,7 @@ class ExpertsPlan:
 
     def stack(self, experts: Any, name: str, adapters: list[_Adapter]) -> Stack:
         """The stack ``name`` as the kernels take it."""
-        weight = getattr(experts, name)
+        weight = stacks.held(experts, name)
         A = B = None
         scaling = 1.0
         if len(adapters) == 1:
@@ -66,6 +70,8 @@ class ExpertsPlan:
             A = torch.cat([a for a, _, _ in adapters], 1)
             B = torch.cat([b * s for _, b, s in adapters], 2)
         bias = getattr(experts, f"{name}_bias") if self.biased else None
+        if isinstance(weight, Quantized4Bit):
+            return Stack(FourBitStack(weight, self.transposed), bias, A, B, scaling)
         return Stack(weight.transpose(1, 2) if self.transposed else weight, bias, A, B, scaling)
 
     def compute(
@@ -96,7 +102,7 @@ def _eager(module: Any) -> Any:
 
 def _stacks(module: nn.Module) -> tuple[str, str, bool] | None:
     """Names of the stacks up and down, and whether they lie transposed."""
-    shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    shapes = stacks.shapes(module)
     for up, down in itertools.permutations(shapes, 2):
         (_, a, b), (_, c, d) = shapes[up], shapes[down]
         if len(shapes) == 2 and (a, b) == (2 * d, c):
@@ -117,20 +123,22 @@ def _formulas(plan: ExpertsPlan, module: nn.Module) -> Iterator[ExpertsPlan]:
 
 def _small(module: nn.Module, plan: ExpertsPlan) -> nn.Module:
     """A stand-in with few small experts in float64."""
-    count, *_ = module._parameters[plan.up].shape  # type: ignore[union-attr]
-    down = module._parameters[plan.down].shape[1:]  # type: ignore[union-attr]
+    shapes = stacks.shapes(module)
+    count, down = shapes[plan.up][0], shapes[plan.down][1:]
     inner, hidden = down if plan.transposed else down[::-1]
     small_inner = _HIDDEN // 2 if hidden == 2 * inner else _HIDDEN if hidden == inner else _INNER
     sizes = {hidden: _HIDDEN, inner: small_inner, 2 * inner: 2 * small_inner}
     generator = torch.Generator(device="cpu").manual_seed(6)
     parameters: dict[str, torch.Tensor | None] = {}
-    for name, parameter in module._parameters.items():
-        if parameter is None:
+    # The order decides which numbers each gets, and stacks in 4 bits have none among the others.
+    own = {name: None if p is None else tuple(p.shape) for name, p in module._parameters.items()} | shapes
+    for name, stored in own.items():
+        if stored is None:
             parameters[name] = None
             continue
-        shape = (_EXPERTS, *(sizes[size] for size in parameter.shape[1:]))
+        shape = (_EXPERTS, *(sizes[size] for size in stored[1:]))
         parameters[name] = torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator) * 0.4
-    children = {name: copy_child(child) for name, child in module.named_children()}
+    children = {name: copy_child(child) for name, child in _children(module)}
     clone = stand_in(module, parameters, children)
     for name, value in vars(module).items():
         if type(value) is int and "expert" in name and value == count:
@@ -138,6 +146,10 @@ def _small(module: nn.Module, plan: ExpertsPlan) -> nn.Module:
         elif type(value) is int and value in sizes:
             clone.__dict__[name] = sizes[value]
     return clone.requires_grad_(False)
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module.named_children() if name != stacks.PARAMETRIZATIONS]
 
 
 def plan(module: Any) -> Swap | str:
@@ -154,16 +166,16 @@ def plan(module: Any) -> Swap | str:
         return f"experts_implementation={implementation!r} was asked for"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts lie on several devices"
-    stacks = _stacks(module)
+    found = _stacks(module)
     names = tuple(inspect.signature(_eager(module)).parameters)[1:]
-    if stacks is None:
+    if found is None:
         return "its stacks are no gate and up in one, and a projection back"
     if len(names) != 3:
         return "its forward takes other arguments"
-    up, down, transposed = stacks
+    up, down, transposed = found
     biases = {f"{up}_bias", f"{down}_bias"}
-    present = {name for name, p in module._parameters.items() if p is not None}
-    if present - {up, down} not in (set(), biases) or any(True for c in module.children() for _ in c.parameters()):
+    present = {name for name, p in module._parameters.items() if p is not None} | stacks.four_bit(module).keys()
+    if present - {up, down} not in (set(), biases) or any(True for _, c in _children(module) for _ in c.parameters()):
         return "it holds something besides two stacks and their biases"
     draft = ExpertsPlan(up, down, transposed, biases <= present, "", names)
     generator = torch.Generator(device="cpu").manual_seed(5)
@@ -203,15 +215,18 @@ def _run(experts: Any, args: Any, kwargs: Any, adapters: dict[str, list[_Adapter
     if len(args) > len(plan.names) or call.keys() != set(plan.names) or torch.compiler.is_compiling():
         return None
     x, chosen, weights = (call[name] for name in plan.names)
-    tensors = (x, chosen, weights, getattr(experts, plan.up), getattr(experts, plan.down))
-    if not all(isinstance(t, torch.Tensor) and plain_tensor(t) for t in tensors):
+    if stacks.adapted_by_others(experts):
+        return None
+    held = [stacks.held(experts, name) for name in (plan.up, plan.down)]
+    plain = [x, chosen, weights, *(weight for weight in held if not isinstance(weight, Quantized4Bit))]
+    if not all(isinstance(t, torch.Tensor) and plain_tensor(t) for t in plain):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or getattr(experts, "_is_expert_parallel", False):
         return None
     if x.dim() != 2 or weights.shape != chosen.shape or not weights.is_floating_point():
         return None
     dtype = compute_dtype(x)
-    if not torch.is_autocast_enabled(x.device.type) and tensors[3].dtype != dtype:
+    if not torch.is_autocast_enabled(x.device.type) and held[0].dtype != dtype:
         return None
     return plan.compute(experts, x.to(dtype), chosen, weights, adapters).to(x.dtype)
 
@@ -224,6 +239,12 @@ def innermost(module: Any) -> Any:
     while is_parameter_lora(module):
         module = module.base_layer
     return module
+
+
+def adopt(wrapper: Any) -> None:
+    """Prepare a LoRA wrapper of a parameter that is held in 4 bits, where it is; see ``_compat.peft_four_bit``."""
+    if wrapper.parameter_name in stacks.four_bit(innermost(wrapper)):
+        over_four_bits(wrapper)
 
 
 def plan_lora(module: Any) -> Swap | str:
@@ -264,7 +285,9 @@ def _adapters(wrapper: Any) -> tuple[Any, dict[str, list[_Adapter]] | None]:
         found[module.parameter_name] = adapters  # type: ignore[assignment]
         module = module.base_layer
     swap = swap_of(module)
-    if swap is None or not isinstance(swap.plan, ExpertsPlan) or not is_installed(module) or not unhooked(module):
+    if swap is None or not isinstance(swap.plan, ExpertsPlan) or not is_installed(module):
+        return None, None
+    if not stacks.unhooked(module):
         return None, None
     # PEFT has two layouts of a stack, told by its class; they have to be those of the plan.
     wrappers = _wrappers(wrapper)

@@ -1,0 +1,228 @@
+"""Loading with bitsandbytes in 4 bits, with the stacked experts of a mixture, which its linear layers leave out.
+
+transformers' own quantiser does the linear layers. A stack is handed over on its device as it arrives, one layer's at a
+time, and only its 4-bit form stays. The quantiser is registered under a name of its own that no loaded model keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn.parametrize import (
+    Bnb4bitParametrization,
+    replace_parameter_4bit,
+    replace_parameter_4bit_prequantized,
+)
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
+from transformers.quantizers.auto import AutoQuantizationConfig, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import UnsupportedError
+from ..kernels import nf4_dequantize
+from ..kernels.reference.nf4 import Quantized4Bit
+from . import stacks
+from .roles import looks_like_experts
+
+METHOD = "pantheraml_bitsandbytes_4bit"
+# bitsandbytes counts the numbers of a weight in 32 bits.
+_MOST = 2**31 - 1
+# What a checkpoint holds of a stack in 4 bits besides its bytes, under its name.
+_DESCRIPTION = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
+
+
+@register_quantization_config(METHOD)
+class FourBitLoadingConfig(QuantizationConfigMixin):
+    """Asks for the quantiser below; the loaded model gets ``settings``.
+
+    Args:
+        settings: What is asked of bitsandbytes, or the configuration of a checkpoint that is in 4 bits already.
+    """
+
+    def __init__(self, settings: BitsAndBytesConfig | dict[str, Any]) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else settings
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, as of the dict that transformers expects in a checkpoint's configuration."""
+        return getattr(self, name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        return self.settings.to_dict()
+
+
+class _Dequantize(Bnb4bitParametrization):
+    """What stands between the bytes of a stack and who reads it as a tensor."""
+
+    @torch.no_grad()
+    def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
+        """The dense stack; bitsandbytes' own gives wrong numbers on a CPU for rows that are no whole blocks."""
+        return nf4_dequantize(Quantized4Bit.from_quant_state(quantized_param, self.quant_state))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Dequantize:
+        super()._apply(fn, recurse)
+        # The bytes are a parameter, which moves with the model; their scales are none.
+        state = self.quant_state
+        state.to(fn(torch.empty(0, device=state.absmax.device)).device)
+        return self
+
+
+def _finish(module: Any, name: str) -> None:
+    """Put the dequantisation above into a stack that bitsandbytes has just put into 4 bits."""
+    entry = module.parametrizations[name]
+    entry[0] = _Dequantize(entry[0].quant_state)
+    # transformers would start it at random otherwise, as it does with what it did not load.
+    module._is_hf_initialized = True
+
+
+class _Quantize(ConversionOps):
+    """Turns a dense weight of a linear layer, or a dense stack, into 4 bits."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        """Quantise the tensor of each name where it is; stacks are put into the model, and not returned."""
+        rest = {}
+        for name, value in input_dict.items():
+            module, leaf = get_module_from_name(model, name)
+            if leaf not in stacks.shapes(module):
+                rest[name] = value
+                continue
+            self.hf_quantizer.hold(name, module, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        stock = Bnb4bitQuantize(self.hf_quantizer)
+        return stock.convert(rest, model=model, missing_keys=missing_keys, **options) if rest else {}
+
+
+class _Deserialize(ConversionOps):
+    """Puts a stack that a checkpoint has in 4 bits into the model."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Stacks are put into the model; what is not quantised is handed on."""
+        if len(input_dict) == 1:
+            return input_dict
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        module, leaf = get_module_from_name(model, full_layer_name)
+        (stack,) = (name for name in tensors if name.endswith(leaf))
+        packed = tensors.pop(stack)
+        described = {name[name.index(f"{leaf}.") + len(leaf) + 1 :]: tensor for name, tensor in tensors.items()}
+        module._parameters[leaf] = nn.Parameter(packed, requires_grad=False)
+        replace_parameter_4bit_prequantized(module, leaf, described, packed.device)
+        _finish(module, leaf)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+def _reads_4_bits(conversion: Any) -> bool:
+    """Whether a conversion is there for weights that a checkpoint has in 4 bits."""
+    return any(isinstance(step, _Deserialize | Bnb4bitDeserialize) for step in getattr(conversion, "operations", ()))
+
+
+def _makes(conversion: Any, names: list[str]) -> bool:
+    """Whether a conversion makes one of the parameters ``names``."""
+    if not isinstance(conversion, WeightConverter):
+        return False
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(name)[1] is not None for name in names)
+
+
+@register_quantizer(METHOD)
+class FourBitQuantizer(Bnb4BitHfQuantizer):
+    """transformers' quantiser of linear layers, which takes stacked experts too."""
+
+    def __init__(self, quantization_config: FourBitLoadingConfig, **options: Any) -> None:
+        super().__init__(quantization_config.settings, **options)
+        # Names of the stacks to quantise; of a checkpoint that is in 4 bits, of those that may be in it.
+        self._stacks: set[str] = set()
+        self._order: dict[str, tuple[str, ...]] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **options)
+        for path, module in model.named_modules():
+            if not looks_like_experts(module) or not should_convert_module(path, self.modules_to_not_convert):
+                continue
+            self._order[path] = tuple(stacks.shapes(module))
+            for name, shape in stacks.shapes(module).items():
+                if not self.pre_quantized and torch.Size(shape).numel() > _MOST:
+                    raise UnsupportedError(
+                        f"a stack of experts with {torch.Size(shape).numel():,} weights cannot be held in 4 bits",
+                        where=f"{path}.{name}",
+                        why=f"bitsandbytes counts up to {_MOST:,}",
+                        hint="pass quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+                        'llm_int8_skip_modules=["experts", "lm_head"]) to keep experts in 16 bit',
+                    )
+                self._stacks.add(f"{path}.{name}")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        """Whether ``param_name`` is the weight of a 4-bit layer, or a stack that is to be held in 4 bits."""
+        return param_name in self._stacks or super().param_needs_quantization(model, param_name, **options)
+
+    def get_quantize_ops(self) -> ConversionOps:  # type: ignore[override]
+        """The operation that quantises."""
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How weights in 4 bits are read from a checkpoint."""
+        conversions = super().get_weight_conversions()
+        if self.pre_quantized:
+            names = {".".join(name.split(".")[-2:]) for name in self._stacks}
+            conversions += [
+                WeightConverter([name, *(f"{name}.{part}" for part in _DESCRIPTION)], name, [_Deserialize(self)])
+                for name in sorted(names)
+            ]
+        return conversions
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        for path, module in model.named_modules():
+            lists = module._modules.get(stacks.PARAMETRIZATIONS)
+            if lists is not None:
+                # As the module defines them, not as they arrived: PEFT nests adapters in this order.
+                due = [name for name in self._order.get(path, ()) if name in lists]
+                lists._modules = {name: lists._modules[name] for name in due}
+        packed = [f"{path}.{name}" for path, module in model.named_modules() for name in stacks.four_bit(module)]
+        dense = [conversion for conversion in model._weight_conversions if not _reads_4_bits(conversion)]
+        object.__setattr__(model, stacks.DENSE_CONVERSIONS, dense)
+        # What lies in 4 bits is saved as it is.
+        model._weight_conversions = [conversion for conversion in dense if not _makes(conversion, packed)]
+        return super()._process_model_after_weight_loading(model, **options)
+
+    def hold(self, name: str, module: nn.Module, stack: torch.Tensor) -> None:
+        """Put a dense stack into its module, in 4 bits."""
+        leaf = name.rpartition(".")[2]
+        settings: Any = self.quantization_config
+        module._parameters[leaf] = nn.Parameter(stack.contiguous(), requires_grad=False)
+        replace_parameter_4bit(
+            module,
+            leaf,
+            compress_statistics=settings.bnb_4bit_use_double_quant,
+            quant_type=settings.bnb_4bit_quant_type,
+        )
+        _finish(module, leaf)
