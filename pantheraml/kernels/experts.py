@@ -191,7 +191,7 @@ def experts_mlp(
     if backend == "triton":
         require_kernel(where, x)
     options = {"activation": activation, **shape, "backend": backend}
-    if not torch.is_grad_enabled() and experts.numel() < groups:
+    if not torch.is_grad_enabled() and 0 < experts.numel() < groups:
         experts, (up, down) = _chosen_only(experts, (up, down))
         groups = up.weight.shape[0]
     rests = up.rest, down.rest

@@ -15,6 +15,7 @@ from bitsandbytes.nn.parametrize import (
     replace_parameter_4bit_prequantized,
 )
 from torch import nn
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
@@ -183,7 +184,12 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         """Whether ``param_name`` is the weight of a 4-bit layer, or a stack that is to be held in 4 bits."""
-        return param_name in self._stacks or super().param_needs_quantization(model, param_name, **options)
+        stack = not self.pre_quantized and param_name in self._stacks
+        return stack or super().param_needs_quantization(model, param_name, **options)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element of ``param`` once it is loaded."""
+        return 0.5 if param_name in self._stacks else super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> ConversionOps:  # type: ignore[override]
         """The operation that quantises."""
@@ -208,11 +214,20 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
                 due = [name for name in self._order.get(path, ()) if name in lists]
                 lists._modules = {name: lists._modules[name] for name in due}
         packed = [f"{path}.{name}" for path, module in model.named_modules() for name in stacks.four_bit(module)]
-        dense = [conversion for conversion in model._weight_conversions if not _reads_4_bits(conversion)]
+        dense = [conversion for conversion in model._weight_conversions or () if not _reads_4_bits(conversion)]
         object.__setattr__(model, stacks.DENSE_CONVERSIONS, dense)
         # What lies in 4 bits is saved as it is.
         model._weight_conversions = [conversion for conversion in dense if not _makes(conversion, packed)]
         return super()._process_model_after_weight_loading(model, **options)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for module in model.modules():
+            for name in stacks.four_bit(module):
+                dense = getattr(module, name)
+                remove_parametrizations(module, name, leave_parametrized=False)
+                module._parameters[name] = nn.Parameter(dense if dtype is None else dense.to(dtype), False)
+        model._weight_conversions = getattr(model, stacks.DENSE_CONVERSIONS)
+        return super()._dequantize(model, dtype)
 
     def hold(self, name: str, module: nn.Module, stack: torch.Tensor) -> None:
         """Put a dense stack into its module, in 4 bits."""

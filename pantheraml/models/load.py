@@ -200,12 +200,14 @@ def _take_experts_too(options: dict[str, Any]) -> None:
     """Ask for the quantiser that knows stacked experts, instead of transformers' own."""
     from .four_bit import FourBitLoadingConfig  # bitsandbytes is optional
 
-    stored = getattr(options["config"], "quantization_config", None)
+    config = options["config"]
+    places = (config, config.get_text_config())
+    stored = next((found for place in places if (found := getattr(place, "quantization_config", None))), None)
     if stored is None:
         options["quantization_config"] = FourBitLoadingConfig(options["quantization_config"])
     else:
         options.pop("quantization_config", None)
-        options["config"] = copy.copy(options["config"])
+        options["config"] = copy.copy(config)
         options["config"].quantization_config = FourBitLoadingConfig(stored)
 
 

@@ -412,3 +412,11 @@ def test_the_other_formats_say_what_they_do(folders, tmp_path, tiny_tokenizer, c
     assert "weights of experts are not)" in capsys.readouterr().err
     with pytest.raises(UnsupportedError, match="experts are not written in this format"):
         model.save_pretrained_merged(tmp_path / "fp8", tiny_tokenizer, save_method="fp8")
+
+
+def test_transformers_dequantizes_experts_too(folders):
+    model = load(folders("qwen3_moe"), max_seq_length=64)
+    due = logits(model)
+    model.dequantize()
+    assert not any(stacks.four_bit(module) for module in experts_of(model))
+    torch.testing.assert_close(logits(model), due, rtol=0, atol=1e-5)
