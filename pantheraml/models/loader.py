@@ -77,8 +77,9 @@ class FastLanguageModel:
             dtype: ``torch.float16``, ``torch.bfloat16``, ``torch.float32`` or their names; None takes bfloat16 where
                 it is native, else float16 on GPUs, else float32.
             load_in_4bit: Hold the weights, stacked experts of a mixture too, in nf4 with double quantisation
-                (bitsandbytes); a 16-bit checkpoint is quantised while it loads. The default gives way to any other choice; given explicitly it does not
-                (``load_in_fp8=True`` besides it is a choice of its own, see there).
+                (bitsandbytes); a 16-bit checkpoint is quantised while it loads. The default gives way to any other
+                choice; given explicitly it does not (``load_in_fp8=True`` besides it is a choice of its own, see
+                there).
             load_in_8bit: Hold the weights in int8 (bitsandbytes).
             load_in_16bit: Hold the weights unquantised.
             full_finetuning: Train every weight; unquantised.
