@@ -27,7 +27,7 @@ from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .four_bit_stack import FourBitStack, dense
 from .reference import grouped_gemm as reference
-from .utils import cdiv, next_power_of_2
+from .utils import cdiv, next_power_of_2, shared_memory
 
 # torch._grouped_mm reads rows in 16-byte pieces.
 ALIGNMENT_BYTES = 16
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
         columns: Columns of the output.
         depth: What is contracted at a time.
         num_warps: Warps a program.
-        num_stages: Tiles in flight; all of them fit into the 64 KB of shared memory that every chip has.
+        num_stages: Tiles in flight.
     """
 
     rows: int
@@ -55,7 +55,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# Its stages fit into the shared memory that every chip has.
 TILE = Tile(64, 128, 32, 4, 4)
+# For products of which no side is thin, on chips with as much shared memory as it takes: twice as fast there.
+LARGE, LARGE_SHARED = Tile(128, 256, 64, 8, 3), 160 * 1024
+# Fewer columns than this are the thin side of an adapter, and the product is as fast as its other factor is read.
+THIN = 128
 
 
 @jit
@@ -188,6 +193,11 @@ def _by_kernel(backend: dispatch.Backend, *tensors: torch.Tensor) -> bool:
     return dispatch.resolve("grouped_gemm", first, backend) == "triton"
 
 
+def _tile(x: torch.Tensor, *sides: int) -> Tile:
+    """The tile for a product of ``x`` whose columns and depth are ``sides``."""
+    return LARGE if min(sides) >= THIN and shared_memory(x.device) >= LARGE_SHARED else TILE
+
+
 def _side(size: int, most: int) -> int:
     return min(max(next_power_of_2(size), LEAST_TILE), most)
 
@@ -203,11 +213,12 @@ def _launch_rows(
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, width), (groups, _, columns) = x.shape, matrices.shape
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if base is None else base
-    tile_columns = _side(columns, TILE.columns)
+    tile = _tile(x, width, columns)
+    tile_columns = _side(columns, tile.columns)
     if out.numel():
         with on_device(x):
             # Each group may end with a tile that is not full.
-            rows_kernel[(rows // TILE.rows + groups, cdiv(columns, tile_columns))](
+            rows_kernel[(rows // tile.rows + groups, cdiv(columns, tile_columns))](
                 x=x,
                 matrices=matrices,
                 ends=ends,
@@ -226,11 +237,11 @@ def _launch_rows(
                 base_stride=0 if base is None else base.stride(0),
                 out_stride=out.stride(0),
                 GROUPS=next_power_of_2(groups),
-                ROWS=TILE.rows,
+                ROWS=tile.rows,
                 COLUMNS=tile_columns,
-                DEPTH=_side(width, TILE.depth),
-                num_warps=TILE.num_warps,
-                num_stages=TILE.num_stages,
+                DEPTH=_side(width, tile.depth),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
     return out
 
@@ -284,10 +295,11 @@ def _columns_times(
 ) -> torch.Tensor:
     """``scaling * left[rows of g].T @ right[rows of g]`` in ``dtype``: [G, P, Q] from [M, P] and [M, Q]."""
     groups, shape = ends.shape[0], (left.shape[1], right.shape[1])
-    if backend == "auto" and _one_launch(left, right):
+    by_kernel = _by_kernel(backend, left, right)
+    if backend == "auto" and not (by_kernel and min(shape) < THIN) and _one_launch(left, right):
         product = torch._grouped_mm(left.t(), right, offs=ends)
         return (product if scaling == 1.0 else product.mul_(scaling)).to(dtype)
-    if _by_kernel(backend, left, right):
+    if by_kernel:
         left, right = (t if t.stride(1) == 1 else t.contiguous() for t in (left, right))
         out = torch.empty((groups, *shape), dtype=dtype, device=left.device)
         sides = _side(shape[0], TILE.rows), _side(shape[1], TILE.columns)
@@ -568,33 +580,35 @@ def variants() -> Iterator[Variant]:
     """Forms of the kernels for ahead-of-time compilation."""
     for dtype in ("fp16", "bf16"):
         p = f"*{dtype}"
-        common = {
-            "num_warps": TILE.num_warps,
-            "num_stages": TILE.num_stages,
-            "minimum": bfloat16_minimum(dtype),
-            "representative": dtype == "bf16",
-        }
+        common: dict[str, Any] = {"minimum": bfloat16_minimum(dtype), "representative": dtype == "bf16"}
+        # Only chips that have the shared memory run it.
+        large: dict[str, Any] = {"minimum": 80, "amd": ()}
         sizes = dict.fromkeys(("rows", "width", "columns", "groups", "x_stride", "base_stride", "out_stride"), "i32")
-        tile = {"ROWS": TILE.rows, "COLUMNS": TILE.columns, "DEPTH": TILE.depth}
         for form, strides, added in (
             ("plain", {"matrix_row": 1, "matrix_column": "i32"}, ()),
             ("update", {"matrix_row": "i32", "matrix_column": 1}, ("base", "bias")),
         ):
             dynamic = {name: kind for name, kind in strides.items() if isinstance(kind, str)}
             fixed = {name: value for name, value in strides.items() if not isinstance(value, str)}
-            yield Variant(
-                f"grouped_gemm_rows-{dtype}-{form}",
-                rows_kernel,
-                {"x": p, "matrices": p, "ends": "*i32", "out": p, **dict.fromkeys(added, p), **sizes, **dynamic}
-                | {"matrix_group": "i64", "scaling": "fp32"},
-                {"GROUPS": 128, **tile, **fixed, **{n: None for n in ("base", "bias") if n not in added}},
-                **common,
-            )
+            for size, tile, options in (("", TILE, common), ("-large", LARGE, large)):
+                sides = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+                yield Variant(
+                    f"grouped_gemm_rows-{dtype}-{form}{size}",
+                    rows_kernel,
+                    {"x": p, "matrices": p, "ends": "*i32", "out": p, **dict.fromkeys(added, p), **sizes, **dynamic}
+                    | {"matrix_group": "i64", "scaling": "fp32"},
+                    {"GROUPS": 128, **sides, **fixed, **{n: None for n in ("base", "bias") if n not in added}},
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    **options,
+                )
         yield Variant(
             f"grouped_gemm_columns-{dtype}",
             columns_kernel,
             {"left": p, "right": p, "ends": "*i32", "out": "*fp32", "scaling": "fp32"}
             | dict.fromkeys(("rows", "columns", "left_stride", "right_stride"), "i32"),
-            tile,
+            {"ROWS": TILE.rows, "COLUMNS": TILE.columns, "DEPTH": TILE.depth},
+            num_warps=TILE.num_warps,
+            num_stages=TILE.num_stages,
             **common,
         )

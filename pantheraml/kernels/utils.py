@@ -28,6 +28,8 @@ ELEMENTS_PER_WARP = 512
 # Threads of a program on every chip, and lanes of a warp on this host's (AMD's data-centre chips have 64).
 MAX_THREADS = 1024
 LANES = 64 if torch.version.hip is not None else 32
+# Bytes of shared memory that a program may take on every chip.
+LEAST_SHARED = 64 * 1024
 
 _HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
@@ -103,6 +105,15 @@ def _processors(kind: str, index: int) -> int:
 def processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU."""
     return _processors(tensor.device.type, tensor.device.index or 0)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take."""
+    if device.type != "cuda":
+        return LEAST_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED) or LEAST_SHARED
 
 
 def persistent_programs(tensor: torch.Tensor, resident: int) -> int:

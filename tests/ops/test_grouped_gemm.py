@@ -151,3 +151,19 @@ def test_real_shapes(dtype, rank, backend, gpu):
     inputs = tensors((100, 100, 301, 512), 512, 768, rank)
     kernel, eager = pair(backend, 2.0)
     assert_matches(kernel, eager, inputs, dtype=dtype, device=gpu, grad=("x", "weight", "A", "B", "bias"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_tiles_of_chips_with_more_shared_memory(dtype, device, monkeypatch):
+    module = sys.modules[grouped_gemm.__module__]
+    tiles = []
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(module, "LARGE", Tile(32, 64, 32, 8, 3))
+        monkeypatch.setattr(module, "shared_memory", lambda _: module.LARGE_SHARED)
+    chosen = module._tile
+    monkeypatch.setattr(module, "_tile", lambda *args: tiles.append(chosen(*args)) or tiles[-1])
+    inputs = tensors((3, 9, 60), width=130, out=140)
+    kernel, eager = pair("triton")
+    assert_matches(kernel, eager, inputs, dtype=dtype, device=device, grad=("x", "weight", "A", "B", "bias"))
+    # What is thin on one side stays with the small tile.
+    assert len({tuple(tile) for tile in tiles}) == (2 if module.shared_memory(device) >= module.LARGE_SHARED else 1)
