@@ -59,6 +59,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "load": {"load_in_4bit": True},
         "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     },
+    "experts trained": {
+        "family": "qwen3_moe",
+        "config": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
+        "load": {"load_in_4bit": True},
+        "lora": {"r": 4, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    },
     "sinks": {
         "family": "gpt_oss",
         "config": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},

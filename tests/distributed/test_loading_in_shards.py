@@ -20,6 +20,7 @@ KINDS = [
     "embeddings",
     "new tokens",
     "experts",
+    "experts trained",
     "windows",
     "soft caps",
     "sinks",
