@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.parametrize import (
     Bnb4bitParametrization,
     replace_parameter_4bit,
@@ -24,7 +25,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from ..kernels import nf4_dequantize
 from ..kernels.reference.nf4 import Quantized4Bit
 from . import stacks
@@ -42,6 +43,7 @@ _DESCRIPTION = (
     "quant_state.bitsandbytes__nf4",
     "quant_state.bitsandbytes__fp4",
 )
+_WEIGHT = ".weight"
 
 
 @register_quantization_config(METHOD)
@@ -105,9 +107,7 @@ class _Quantize(ConversionOps):
             if leaf not in stacks.shapes(module):
                 rest[name] = value
                 continue
-            self.hf_quantizer.hold(name, module, value[0] if isinstance(value, list) else value)
-            if missing_keys is not None:
-                missing_keys.discard(name)
+            self.hf_quantizer.hold(name, module, _one(value), missing_keys)
         stock = Bnb4bitQuantize(self.hf_quantizer)
         return stock.convert(rest, model=model, missing_keys=missing_keys, **options) if rest else {}
 
@@ -126,11 +126,15 @@ class _Deserialize(ConversionOps):
         missing_keys: Any = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """Stacks are put into the model; what is not quantised is handed on."""
-        if len(input_dict) == 1:
-            return input_dict
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        """Stacks are put into the model, dense ones in 4 bits, unless they are to be skipped."""
+        tensors = {name: _one(value) for name, value in input_dict.items()}
         module, leaf = get_module_from_name(model, full_layer_name)
+        if len(tensors) == 1:
+            if not self.hf_quantizer.takes(full_layer_name):
+                return input_dict
+            (dense,) = tensors.values()
+            self.hf_quantizer.hold(full_layer_name, module, dense, missing_keys)
+            return {}
         (stack,) = (name for name in tensors if name.endswith(leaf))
         packed = tensors.pop(stack)
         described = {name[name.index(f"{leaf}.") + len(leaf) + 1 :]: tensor for name, tensor in tensors.items()}
@@ -140,6 +144,72 @@ class _Deserialize(ConversionOps):
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
+
+
+class _Unpack(ConversionOps):
+    """Makes the weights of single experts dense that a checkpoint has in 4 bits, each by itself."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Any]:
+        """Lists of dense weights, by the patterns of their names."""
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        result: dict[str, list[torch.Tensor]] = {}
+        for pattern, weights in input_dict.items():
+            if not pattern.endswith(_WEIGHT):
+                continue
+            parts = {
+                name.removeprefix(f"{pattern}."): tensors
+                for name, tensors in input_dict.items()
+                if name.startswith(f"{pattern}.")
+            }
+            if any(len(tensors) != len(weights) for tensors in parts.values()):
+                raise CheckpointError(
+                    "the experts of a layer are stored in different forms", where=full_layer_name, hint="copy it again"
+                )
+            result[pattern] = [
+                _unpacked(weight, {name: tensors[index] for name, tensors in parts.items()}, dtype)
+                for index, weight in enumerate(weights)
+            ]
+        return result
+
+
+def _unpacked(weight: torch.Tensor, described: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    if not described:
+        return weight.to(dtype)
+    state = QuantState.from_dict(described, device=weight.device)
+    return nf4_dequantize(Quantized4Bit.from_quant_state(weight, state), dtype=dtype)
+
+
+class _Hold(ConversionOps):
+    """Takes a stack that was made of single experts into 4 bits."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Stacks are put into the model, unless they are to be skipped."""
+        if not self.hf_quantizer.takes(full_layer_name):
+            return input_dict
+        (stack,) = input_dict.values()
+        self.hf_quantizer.hold(
+            full_layer_name, get_module_from_name(model, full_layer_name)[0], _one(stack), missing_keys
+        )
+        return {}
+
+
+def _one(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value
 
 
 def _reads_4_bits(conversion: Any) -> bool:
@@ -164,15 +234,19 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         # Names of the stacks to quantise; of a checkpoint that is in 4 bits, of those that may be in it.
         self._stacks: set[str] = set()
         self._order: dict[str, tuple[str, ...]] = {}
+        # Conversions that were replaced by others, by the address of these.
+        self._replaced: dict[int, WeightConverter] = {}
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **options)
         for path, module in model.named_modules():
-            if not looks_like_experts(module) or not should_convert_module(path, self.modules_to_not_convert):
+            if not looks_like_experts(module):
                 continue
             self._order[path] = tuple(stacks.shapes(module))
+            if not should_convert_module(path, self.modules_to_not_convert):
+                continue
             for name, shape in stacks.shapes(module).items():
-                if not self.pre_quantized and torch.Size(shape).numel() > _MOST:
+                if torch.Size(shape).numel() > _MOST:
                     raise UnsupportedError(
                         f"a stack of experts with {torch.Size(shape).numel():,} weights cannot be held in 4 bits",
                         where=f"{path}.{name}",
@@ -195,6 +269,27 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         """The operation that quantises."""
         return _Quantize(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Let conversions that stack single experts read these from a checkpoint in 4 bits."""
+        if self.pre_quantized:
+            weight_conversions = [self._unpacking(conversion) for conversion in weight_conversions]
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _unpacking(self, conversion: Any) -> Any:
+        if not _makes(conversion, list(self._stacks)) or len(conversion.target_patterns) != 1:
+            return conversion
+        sources = conversion._original_source_patterns
+        if not all(source.endswith(_WEIGHT) for source in sources):
+            return conversion
+        described = [f"{source}.{part}" for source in sources for part in _DESCRIPTION]
+        replaced = conversion.copy(
+            [*sources, *described],
+            conversion._original_target_patterns,
+            operations=[_Unpack(self), *conversion.operations, _Hold(self)],
+        )
+        self._replaced[id(replaced)] = conversion
+        return replaced
+
     def get_weight_conversions(self) -> list[WeightConverter]:
         """How weights in 4 bits are read from a checkpoint."""
         conversions = super().get_weight_conversions()
@@ -214,7 +309,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
                 due = [name for name in self._order.get(path, ()) if name in lists]
                 lists._modules = {name: lists._modules[name] for name in due}
         packed = [f"{path}.{name}" for path, module in model.named_modules() for name in stacks.four_bit(module)]
-        dense = [conversion for conversion in model._weight_conversions or () if not _reads_4_bits(conversion)]
+        used = [self._replaced.get(id(conversion), conversion) for conversion in model._weight_conversions or ()]
+        dense = [conversion for conversion in used if not _reads_4_bits(conversion)]
         object.__setattr__(model, stacks.DENSE_CONVERSIONS, dense)
         # What lies in 4 bits is saved as it is.
         model._weight_conversions = [conversion for conversion in dense if not _makes(conversion, packed)]
@@ -229,7 +325,11 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         model._weight_conversions = getattr(model, stacks.DENSE_CONVERSIONS)
         return super()._dequantize(model, dtype)
 
-    def hold(self, name: str, module: nn.Module, stack: torch.Tensor) -> None:
+    def takes(self, name: str) -> bool:
+        """Whether the parameter ``name`` is a stack that is to be held in 4 bits."""
+        return name in self._stacks
+
+    def hold(self, name: str, module: nn.Module, stack: torch.Tensor, missing_keys: set[str] | None = None) -> None:
         """Put a dense stack into its module, in 4 bits."""
         leaf = name.rpartition(".")[2]
         settings: Any = self.quantization_config
@@ -241,3 +341,5 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
             quant_type=settings.bnb_4bit_quant_type,
         )
         _finish(module, leaf)
+        if missing_keys is not None:
+            missing_keys.discard(name)
