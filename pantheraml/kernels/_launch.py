@@ -40,8 +40,10 @@ class _Form(NamedTuple):
 
 def _hooked(runtime: Any) -> bool:
     """Whether somebody wants to see every launch."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", hook) != [] for hook in (enter, leave))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", hook) != []:
+            return True
+    return False
 
 
 class Kernel(JITFunction):

@@ -25,6 +25,7 @@ from . import dispatch
 from .fp8_linear import Fp8Weight, Nf4Fp8Weight
 from .projections import (
     Adapter,
+    Group,
     Projection,
     Static,
     Weight,
@@ -46,7 +47,7 @@ class _Projections(torch.autograd.Function):
         terms = terms_of(statics, tensors)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            outputs, skinny = project(flat, flat if u is None else u.reshape(flat.shape), terms)
+            outputs, skinny = project(flat, flat if u is None else u.reshape(flat.shape), Group.of(terms, flat))
         needs = needs_of(ctx.needs_input_grad[3:], len(statics))
         keep_u = (x if u is None else u) if any(need.A for need in needs) else None
         keep_skinny = skinny if any(need.B for need in needs) else None
@@ -69,7 +70,7 @@ class _Projections(torch.autograd.Function):
                 grads,
                 None if u is None else u.reshape(-1, u.shape[-1]),
                 skinny,
-                terms_of(ctx.statics, tensors),
+                Group.of(terms_of(ctx.statics, tensors), next(grad for grad in grads if grad is not None)),
                 needs_of(ctx.needs_input_grad[3:], len(ctx.statics)),
                 need_x=ctx.needs_input_grad[0],
                 need_u=ctx.separate and ctx.needs_input_grad[1],

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from .glu import glu
 from .lora_linear import check_projection, project_all, use_reference
-from .projections import Projection, Static, flatten, needs_of, project, project_backward, terms_of
+from .projections import Group, Projection, Static, flatten, needs_of, project, project_backward, terms_of
 
 
 class _LoraMLP(torch.autograd.Function):
@@ -31,9 +31,9 @@ class _LoraMLP(torch.autograd.Function):
         terms = terms_of(statics, tensors)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            (gate, up), skinny = project(flat, flat, terms[:2])
+            (gate, up), skinny = project(flat, flat, Group.of(terms[:2], flat))
             hidden = glu(gate, up, activation, **options)
-            (y,), down_skinny = project(hidden, hidden, terms[2:])
+            (y,), down_skinny = project(hidden, hidden, Group.of(terms[2:], hidden))
         ctx.save_for_backward(x, gate, up, skinny, down_skinny, *tensors)
         ctx.statics, ctx.activation, ctx.options = statics, activation, options
         return y.view(*x.shape[:-1], y.shape[-1]).detach()
@@ -56,7 +56,7 @@ class _LoraMLP(torch.autograd.Function):
                 [grad_y],
                 None if hidden is None else hidden.detach(),
                 down_skinny,
-                terms[2:],
+                Group.of(terms[2:], grad_y),
                 needs[2:],
                 need_x=inner,
                 need_u=False,
@@ -67,7 +67,13 @@ class _LoraMLP(torch.autograd.Function):
                 del hidden, grad_hidden
                 flat = x.reshape(-1, x.shape[-1])
                 grad_x, _, first = project_backward(
-                    grads, flat, skinny, terms[:2], needs[:2], need_x=ctx.needs_input_grad[0], need_u=False
+                    grads,
+                    flat,
+                    skinny,
+                    Group.of(terms[:2], flat),
+                    needs[:2],
+                    need_x=ctx.needs_input_grad[0],
+                    need_u=False,
                 )
         parameters = [g for p in (*first, *down) for g in (None, p.bias, p.A, p.B)]
         missing = [None] * (len(tensors) - len(parameters))

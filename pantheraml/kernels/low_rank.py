@@ -22,7 +22,7 @@ import torch
 
 from ._triton import Launch, jit, remembered, tl
 from ._variants import Variant, bfloat16_minimum
-from .utils import cdiv, next_power_of_2, processors
+from .utils import cdiv, next_power_of_2, processors_of
 
 # Matrix units contract and emit at least 16 columns; wider factors are ordinary matrix products.
 MIN_RANK, MAX_RANK = 16, 128
@@ -377,16 +377,6 @@ def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
     return max(min(tile.num_stages, (limit - kept) // stage), 1)
 
 
-@functools.cache
-def _narrow_stages_on(tile: Tile, rank: int, itemsize: int, device: torch.device) -> int:
-    return narrow_stages(tile, rank, itemsize, _shared_memory(device))
-
-
-@functools.cache
-def _gradient_stages_on(tile: Tile, rank: int, device: torch.device) -> int:
-    return gradient_stages(tile, rank, _shared_memory(device))
-
-
 @remembered
 def _combination(
     rows: int,
@@ -436,16 +426,16 @@ def _narrowing(
     rank: int,
     x_stride: int,
     A_stride: int,
+    itemsize: int,
     tile: Tile,
     splits: int | None,
-    programs: int,
-    stages: int,
+    device: torch.device,
 ) -> tuple[Launch, int]:
-    """The launch and how many programs share the sum."""
+    """The launch and how many programs share the sum; A has elements of ``itemsize`` bytes."""
     columns = min(tile.columns, max(next_power_of_2(width), 16))
     row_blocks, tiles = cdiv(rows, tile.rows), cdiv(width, columns)
     if splits is None:
-        splits = min(max(programs // row_blocks, 1), tiles, NARROW_SPLITS)
+        splits = min(max(NARROW_PROGRAMS * processors_of(device) // row_blocks, 1), tiles, NARROW_SPLITS)
     tiles = cdiv(tiles, splits)
     splits = cdiv(cdiv(width, columns), tiles)
     launch = Launch(
@@ -464,7 +454,7 @@ def _narrowing(
         COLUMNS=columns,
         RANK=_block(rank),
         num_warps=tile.num_warps,
-        num_stages=stages,
+        num_stages=narrow_stages(tile, rank, itemsize, _shared_memory(device)),
     )
     return launch, splits
 
@@ -477,8 +467,7 @@ def narrow_parts(x: torch.Tensor, A: torch.Tensor, *, tile: Tile = NARROW, split
     """
     rows, width = x.shape
     rank = A.shape[0]
-    programs, stages = NARROW_PROGRAMS * processors(x), _narrow_stages_on(tile, rank, A.itemsize, x.device)
-    launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), tile, splits, programs, stages)
+    launch, splits = _narrowing(rows, width, rank, x.stride(0), A.stride(0), A.itemsize, tile, splits, x.device)
     parts = torch.empty((splits, rows, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     launch(x, A, parts)
     return parts
@@ -654,15 +643,15 @@ def _differentiation(
     dy_strides: tuple[int, ...],
     factor_strides: tuple[int, ...] | None,
     skinny_stride: int,
-    tile: Tile,
+    tile: Tile | None,
     parts: int | None,
-    programs: int,
-    stages: int,
+    device: torch.device,
 ) -> _Gradients:
+    tile = tile or GRADIENTS[_block(rank)]
     columns = min(tile.columns, max(next_power_of_2(max(widths)), 16))
     ends, tiles = _ends(widths, columns), cdiv(rows, tile.rows)
     if parts is None:
-        parts = min(max(programs // ends[-1], 1), tiles)
+        parts = min(max(GRADIENT_PROGRAMS * processors_of(device) // ends[-1], 1), tiles)
     tiles = cdiv(tiles, parts)
     parts = cdiv(cdiv(rows, tile.rows), tiles)
     start = 0 if factor_strides is None else ends[-1] * rows * rank
@@ -694,7 +683,7 @@ def _differentiation(
         COLUMNS=columns,
         RANK=_block(rank),
         num_warps=tile.num_warps,
-        num_stages=stages,
+        num_stages=gradient_stages(tile, rank, _shared_memory(device)),
     )
     return _Gradients(launch, ends, parts, start)
 
@@ -734,7 +723,6 @@ def gradients(
         factors = None
     if gradient is None:
         skinny = None
-    tile = tile or GRADIENTS[_block(rank)]
     launch, ends, parts, start = _differentiation(
         rows,
         widths,
@@ -744,8 +732,7 @@ def gradients(
         0 if skinny is None else skinny.stride(0),
         tile,
         parts,
-        GRADIENT_PROGRAMS * processors(dy),
-        _gradient_stages_on(tile, rank, dy.device),
+        dy.device,
     )
     height = 0 if gradient is None else sum(widths)
     sums = torch.empty(start + parts * height * rank, dtype=torch.float32, device=dy.device)

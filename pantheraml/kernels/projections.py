@@ -118,30 +118,16 @@ class Needs(NamedTuple):
     weight: bool = False
 
 
-def joined_A(terms: Sequence[Term], dtype: torch.dtype | None) -> torch.Tensor | None:
-    """All A of the terms below one another, [sum of ranks, I], in ``dtype`` (None: as they are)."""
-    factors = [term.A if dtype is None else term.A.to(dtype) for term in terms if term.A is not None]
+def joined_A(terms: Sequence[Term]) -> torch.Tensor | None:
+    """All A of the terms below one another, [sum of ranks, I]."""
+    factors = [term.A for term in terms if term.A is not None]
     if not factors:
         return None
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
-def _pieces(terms: Sequence[Term]) -> list[slice]:
-    """Where each term's columns lie in ``u @ joined_A.T``."""
-    pieces, start = [], 0
-    for term in terms:
-        pieces.append(slice(start, start + term.rank))
-        start += term.rank
-    return pieces
-
-
-def by_kernels(wide: torch.Tensor, terms: Sequence[Term]) -> bool:
-    """Whether Triton's kernels make the thin products beside this wide factor [T, W], or torch does."""
-    return each_by_kernels(wide, [terms])[0]
-
-
-def each_by_kernels(wide: torch.Tensor, groups: Sequence[Sequence[Term]]) -> list[bool]:
-    """``by_kernels`` of groups of terms with one backend beside factors like this one."""
+def by_kernels(wide: torch.Tensor, groups: Sequence[Sequence[Term]]) -> list[bool]:
+    """For groups of terms, whether Triton's kernels make the thin products beside wide factors like this [T, W]."""
     backend = groups[0][0].backend
     if backend == "auto" and wide.shape[0] < KERNEL_ROWS:
         return [False] * len(groups)
@@ -151,66 +137,92 @@ def each_by_kernels(wide: torch.Tensor, groups: Sequence[Sequence[Term]]) -> lis
     return served
 
 
-def thin_product(
-    u: torch.Tensor, terms: Sequence[Term], A: torch.Tensor | None = None, *, kernels: bool | None = None
-) -> torch.Tensor | None:
-    """``u @ A.T`` [T, sum of ranks] of all terms, None without adapters.
+class Group:
+    """Projections of one input.
 
-    Args:
-        u: The adapters' input [T, I].
+    Attributes:
         terms: The projections.
-        A: What ``joined_A`` would return, for a caller that has it.
-        kernels: What ``by_kernels`` would return, for a caller that has asked.
+        A: All their A below one another, [sum of ranks, I]; None without adapters.
+        kernels: Whether Triton's kernels make the thin products.
+        pieces: Where each term's columns lie in ``u @ A.T``.
+        together: Whether the terms' thin products share launches: they have one kind of adapter.
     """
-    A = joined_A(terms, None) if A is None else A
-    if A is None:
+
+    __slots__ = ("A", "kernels", "pieces", "terms", "together")
+
+    def __init__(self, terms: Sequence[Term], A: torch.Tensor | None, *, kernels: bool) -> None:
+        self.terms, self.A, self.kernels = terms, A, kernels
+        self.pieces: list[slice] = []
+        start = 0
+        for term in terms:
+            self.pieces.append(slice(start, start + term.rank))
+            start += term.rank
+        self.together = kernels and 1 < len(terms) <= low_rank.JOBS
+        if self.together:
+            kinds = {None if t.B is None else (t.rank, t.scaling, t.grad_dtype, t.B.dtype, t.B.stride()) for t in terms}
+            self.together = len(kinds) == 1 and None not in kinds
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], wide: torch.Tensor) -> Group:
+        """Terms whose inputs and outputs are like ``wide`` [T, W]."""
+        return cls(terms, joined_A(terms), kernels=by_kernels(wide, [terms])[0])
+
+    def columns(self, thin: torch.Tensor, i: int) -> torch.Tensor:
+        """Those of one term in ``thin`` [..., sum of ranks]."""
+        return thin if len(self.terms) == 1 else thin[..., self.pieces[i]]
+
+
+def thin_product(u: torch.Tensor, group: Group) -> torch.Tensor | None:
+    """``u @ A.T`` [T, sum of ranks] of all terms for the adapters' input ``u`` [T, I], None without adapters."""
+    if group.A is None:
         return None
-    kernels = by_kernels(u, terms) if kernels is None else kernels
-    return low_rank.narrow(u, A) if kernels else torch.mm(u, A.to(u.dtype).t())
+    if group.kernels and u.stride(1) == 1:
+        return low_rank.narrow(u, group.A)
+    return torch.mm(u, group.A.to(u.dtype).t())
 
 
 def project(
     x: torch.Tensor,
     u: torch.Tensor,
-    terms: Sequence[Term],
+    group: Group,
     *,
-    A: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     rows: Fp8Matrix | None = None,
-    kernels: bool | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Outputs of all terms for ``x`` [T, I], and ``u @ A.T`` for the backward.
 
     Args:
         x: The bases' input [T, I].
         u: The adapters' input [T, I]: x, or dropout of x.
-        terms: The projections.
-        A: What ``joined_A`` would return, for a caller that has it.
+        group: The projections.
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
         rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
-        kernels: What ``by_kernels`` would return, for a caller that has asked.
     """
     dtype = x.dtype
-    kernels = (by_kernels(u, terms) if kernels is None else kernels) and u.stride(1) == 1
-    parts, skinny = None, None if kernels else thin_product(u, terms, A, kernels=False)
-    if kernels and (A := joined_A(terms, None) if A is None else A) is not None:
+    terms, A = group.terms, group.A
+    if A is not None and group.kernels and u.stride(1) == 1:
         # What its programs leave is added up by the kernels that read it.
-        parts = low_rank.narrow_parts(u, A)
+        parts: torch.Tensor | None = low_rank.narrow_parts(u, A)
+        assert parts is not None
         skinny = parts[0] if parts.shape[0] == 1 else torch.empty(parts.shape[1:], dtype=dtype, device=x.device)
+    else:
+        parts, skinny = None, thin_product(u, group)
     shared = Fp8Input(x, rows)
-    bare = any(term.bias is not None or _is_bare(shared, term) for term in terms)
-    if parts is not None and residual is None and out is None and not bare and _together(terms):
-        factors, total = [t.B for t in terms if t.B is not None], None if parts.shape[0] == 1 else skinny
-        updates = low_rank.widen_each(parts, factors, terms[0].scaling, total=total)
-        return [y.addmm_(x, term.dense(dtype).t()) for y, term in zip(updates, terms)], skinny
+    if parts is not None and group.together and residual is None and out is None:
+        factors = [t.B for t in terms if t.B is not None and t.bias is None and not _is_bare(shared, t)]
+        if len(factors) == len(terms):
+            total = None if parts.shape[0] == 1 else skinny
+            updates = low_rank.widen_each(parts, factors, terms[0].scaling, total=total)
+            return [y.addmm_(x, term.dense(dtype).t()) for y, term in zip(updates, terms)], skinny
     outputs = []
-    for term, piece in zip(terms, _pieces(terms)):
+    for i, term in enumerate(terms):
         added = None if term.bias is None else term.bias.to(dtype)
         if residual is not None:
             added = residual if added is None else residual + added
-        columns = None if term.B is None or skinny is None else skinny[:, piece]
+        columns = None if term.B is None or skinny is None else group.columns(skinny, i)
+        left = None if columns is None or parts is None else group.columns(parts, i)
         y = _bare_product(shared, term)
         if y is not None:
             # It takes no summand, so what is added comes after.
@@ -220,9 +232,9 @@ def project(
                 added = y
             elif added is not None or out is not None:
                 y = torch.add(y, 0 if added is None else added, out=out)
-            outputs.append(y if columns is None else _update(columns, term, added, out, parts, piece))
+            outputs.append(y if columns is None else _update(columns, term, added, out, left))
         elif columns is not None:
-            y = _update(columns, term, added, out, parts, piece)
+            y = _update(columns, term, added, out, left)
             outputs.append(y.addmm_(x, term.dense(dtype).t()))
         elif added is None or added.dim() == 1:
             y = functional.linear(x, term.dense(dtype), added) if out is None else None
@@ -233,14 +245,6 @@ def project(
         else:
             outputs.append(torch.addmm(added, x, term.dense(dtype).t(), out=out))
     return outputs, skinny
-
-
-def _together(terms: Sequence[Term]) -> bool:
-    """Whether the thin products of these terms share launches: they have one kind of adapter."""
-    if not 1 < len(terms) <= low_rank.JOBS:
-        return False
-    kinds = {None if t.B is None else (t.rank, t.scaling, t.grad_dtype, t.B.dtype, t.B.stride()) for t in terms}
-    return len(kinds) == 1 and None not in kinds
 
 
 def _by_vectors(x: torch.Tensor, term: Term) -> Quantized4Bit | None:
@@ -269,19 +273,17 @@ def _update(
     added: torch.Tensor | None,
     out: torch.Tensor | None,
     parts: torch.Tensor | None,
-    piece: slice,
 ) -> torch.Tensor:
     """``scaling * columns @ B.T + added``, to which a dense base's product is added.
 
-    With the ``parts`` of all thin products, a kernel does it, and fills the columns of this ``piece`` where they are
-    several.
+    With the ``parts`` of the columns a kernel does it, which fills the columns where there are several parts.
     """
     assert term.B is not None
     rows, dtype = columns.shape[0], columns.dtype
     if parts is not None:
         base = added if added is None or added.dim() == 2 else added.expand(rows, -1)
         total = None if parts.shape[0] == 1 else columns
-        return low_rank.widen(parts[:, :, piece], term.B, term.scaling, base=base, out=out, total=total)
+        return low_rank.widen(parts, term.B, term.scaling, base=base, out=out, total=total)
     B = term.B.to(dtype).t()
     if added is not None:
         return torch.addmm(added, columns, B, alpha=term.scaling, out=out)
@@ -302,25 +304,6 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scalin
     return _scaled_product(left, right, scaling, out).to(dtype)
 
 
-def _through_every_B(
-    grads: Sequence[torch.Tensor],
-    skinny: torch.Tensor | None,
-    terms: Sequence[Term],
-    thin: torch.Tensor | None,
-) -> list[torch.Tensor | None]:
-    """``_through_B`` of terms that share a launch."""
-    first, heights = terms[0], [grad.shape[1] for grad in grads]
-    assert first.B is not None
-    joint = None
-    if skinny is not None:
-        dtype = first.grad_dtype or first.B.dtype
-        joint = torch.empty((sum(heights), first.rank), dtype=dtype, device=skinny.device)
-    factors = [term.B for term in terms if term.B is not None]
-    if thin is not None or joint is not None:
-        low_rank.gradients(grads, factors, skinny, first.scaling, thin=thin, gradient=joint)
-    return [None] * len(terms) if joint is None else list(joint.split(heights))
-
-
 def _through_B(
     grad: torch.Tensor, columns: torch.Tensor | None, term: Term, thin: torch.Tensor | None, *, kernels: bool
 ) -> torch.Tensor | None:
@@ -338,11 +321,45 @@ def _through_B(
     return None if columns is None else _product(grad.t(), columns, dtype, term.scaling)
 
 
-def _through_A(
-    thin: torch.Tensor, u: torch.Tensor, terms: Sequence[Term], *, kernels: bool
+def _through_every_B(
+    grads: Sequence[torch.Tensor | None],
+    skinny: torch.Tensor | None,
+    group: Group,
+    needs: Sequence[Needs],
+    thin: torch.Tensor | None,
+    *,
+    kernels: bool,
 ) -> list[torch.Tensor | None]:
-    """``thin.T @ u`` of each term, in the dtype of its A."""
-    dtypes = [None if term.A is None else term.grad_dtype or term.A.dtype for term in terms]
+    """``_through_B`` of each term, in one launch where it can be."""
+    terms, first = group.terms, group.terms[0]
+    given = [grad for grad in grads if grad is not None]
+    wanted = {need.B and skinny is not None for need in needs}
+    if kernels and group.together and len(given) == len(terms) and len(wanted) == 1:
+        factors = [term.B for term in terms if term.B is not None]
+        if not wanted.pop():
+            if thin is not None:
+                low_rank.gradients(given, factors, None, first.scaling, thin=thin)
+            return [None] * len(terms)
+        heights = [factor.shape[0] for factor in factors]
+        dtype = first.grad_dtype or factors[0].dtype
+        joint = torch.empty((sum(heights), first.rank), dtype=dtype, device=given[0].device)
+        low_rank.gradients(given, factors, skinny, first.scaling, thin=thin, gradient=joint)
+        return list(joint.split(heights))
+    found: list[torch.Tensor | None] = []
+    for i, (grad, term, need) in enumerate(zip(grads, terms, needs)):
+        if grad is None or term.B is None:
+            found.append(None)
+            continue
+        columns = group.columns(skinny, i) if need.B and skinny is not None else None
+        found.append(_through_B(grad, columns, term, None if thin is None else group.columns(thin, i), kernels=kernels))
+    return found
+
+
+def _through_A(
+    thin: torch.Tensor, u: torch.Tensor, group: Group, needs: Sequence[Needs], *, kernels: bool
+) -> list[torch.Tensor | None]:
+    """``thin.T @ u`` of each term whose A needs it, in the dtype of its A."""
+    dtypes = [None if term.A is None else term.grad_dtype or term.A.dtype for term in group.terms]
     distinct = {dtype for dtype in dtypes if dtype is not None}
     wide = torch.promote_types(torch.float32, u.dtype)
     if kernels:
@@ -351,20 +368,23 @@ def _through_A(
         low_rank.gradients([u], None, thin, gradient=product.t())
     else:
         product = _product(thin.t(), u, wide)
-    return [None if dtype is None else product[piece].to(dtype) for dtype, piece in zip(dtypes, _pieces(terms))]
+    if len(dtypes) == 1:
+        return [product if dtypes[0] is None else product.to(dtypes[0])]
+    return [
+        product[piece].to(dtype) if need.A and dtype is not None else None
+        for dtype, piece, need in zip(dtypes, group.pieces, needs)
+    ]
 
 
 def project_backward(
     grads: Sequence[torch.Tensor | None],
     u: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor] | None,
     skinny: torch.Tensor | None,
-    terms: Sequence[Term],
+    group: Group,
     needs: Sequence[Needs],
     *,
     need_x: bool,
     need_u: bool,
-    A: torch.Tensor | None = None,
-    kernels: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[TermGradients]]:
     """Gradients of ``project``.
 
@@ -373,52 +393,33 @@ def project_backward(
         u: The adapters' input [T, I], or a function that makes it from the gradient of x; needed when an A is trained,
             and, being x itself, when a base weight is.
         skinny: ``u @ A.T`` of all terms; needed when a B is trained.
-        terms: As in the forward.
+        group: As in the forward.
         needs: Which parameters of each term need a gradient.
         need_x: Whether the base's input does.
         need_u: Whether the adapters' input does, when it is another tensor. Otherwise its gradient joins that of x.
-        A: What ``joined_A`` would return, for a caller that has it.
-        kernels: What ``by_kernels`` would return, for a caller that has asked.
 
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
     """
-    first = next(grad for grad in grads if grad is not None)
+    terms, A = group.terms, group.A
+    given = [grad for grad in grads if grad is not None]
+    first = given[0]
     dtype, rows = first.dtype, first.shape[0]
-    wide = [x for x in (*grads, u) if isinstance(x, torch.Tensor)]
-    kernels = by_kernels(first, terms) if kernels is None else kernels
-    kernels = kernels and all(x.stride(1) == 1 for x in wide)
-    if A is None:
-        A = joined_A(terms, None if kernels else dtype)
-    elif not kernels:
+    kernels = group.kernels and all(grad.stride(1) == 1 for grad in given)
+    kernels = kernels and (not isinstance(u, torch.Tensor) or u.stride(1) == 1)
+    if A is not None and not kernels:
         A = A.to(dtype)
     need_A = any(need.A for need in needs)
     thin: torch.Tensor | None = None
     if A is not None and (need_x or need_u or need_A):
-        unused = any(grad is None for grad in grads)
-        thin = (first.new_zeros if unused else first.new_empty)((rows, A.shape[0]))
-    result: list[TermGradients] = []
-    given = [grad for grad in grads if grad is not None]
-    through: list[torch.Tensor | None] | None = None
-    if kernels and len(given) == len(terms) and _together(terms) and len({need.B for need in needs}) == 1:
-        through = _through_every_B(given, skinny if needs[0].B else None, terms, thin)
-    for i, (grad, term, piece, need) in enumerate(zip(grads, terms, _pieces(terms), needs)):
-        grad_bias = grad_B = None
-        if grad is not None:
-            if through is not None:
-                grad_B = through[i]
-            elif term.B is not None:
-                columns = skinny[:, piece] if need.B and skinny is not None else None
-                grad_B = _through_B(grad, columns, term, None if thin is None else thin[:, piece], kernels=kernels)
-            if need.bias and term.bias is not None:
-                grad_bias = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(term.bias.dtype)
-        result.append(TermGradients(grad_bias, None, grad_B))
+        thin = (first.new_empty if len(given) == len(grads) else first.new_zeros)((rows, A.shape[0]))
+    grads_B = _through_every_B(grads, skinny, group, needs, thin, kernels=kernels)
     grad_x = _fp8_gradient(grads, terms) if need_x else None
     grad_u = None
     if thin is not None and A is not None and (need_x or need_u):
         base = None if need_u else grad_x
-        summand = _widen(thin, A, base, kernels=kernels)
-        grad_x, grad_u = (grad_x, summand) if need_u else (summand, None)
+        through = _widen(thin, A, base, kernels=kernels)
+        grad_x, grad_u = (grad_x, through) if need_u else (through, None)
     if need_x:
         for grad, term in zip(grads, terms):
             if grad is not None and term.fp8 is None:
@@ -426,15 +427,17 @@ def project_backward(
                 grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
     if u is not None and not isinstance(u, torch.Tensor):
         u = u(grad_x)
-    if u is None:
-        return grad_x, grad_u, result
-    for i, (grad, term, need) in enumerate(zip(grads, terms, needs)):
-        if need.weight and grad is not None and term.weight is not None:
-            result[i] = result[i]._replace(weight=_product(grad.t(), u, term.weight.dtype))
-    if thin is not None and need_A:
-        for i, (grad_A, need) in enumerate(zip(_through_A(thin, u, terms, kernels=kernels), needs)):
-            if need.A:
-                result[i] = result[i]._replace(A=grad_A)
+    grads_A: list[torch.Tensor | None] = [None] * len(terms)
+    if u is not None and thin is not None and need_A:
+        grads_A = _through_A(thin, u, group, needs, kernels=kernels)
+    result = []
+    for grad, term, need, grad_A, grad_B in zip(grads, terms, needs, grads_A, grads_B):
+        bias = weight = None
+        if need.bias and grad is not None and term.bias is not None:
+            bias = grad.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(term.bias.dtype)
+        if need.weight and grad is not None and term.weight is not None and u is not None:
+            weight = _product(grad.t(), u, term.weight.dtype)
+        result.append(TermGradients(bias, grad_A if need.A else None, grad_B, weight))
     return grad_x, grad_u, result
 
 

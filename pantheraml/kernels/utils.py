@@ -104,7 +104,12 @@ def _processors(kind: str, index: int) -> int:
 
 def processors(tensor: torch.Tensor) -> int:
     """Multiprocessors of the tensor's GPU."""
-    return _processors(tensor.device.type, tensor.device.index or 0)
+    return processors_of(tensor.device)
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return _processors(device.type, device.index or 0)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from pantheraml.kernels.fp8 import fp8_quantize_rows, fp8_transpose
 from pantheraml.kernels.fp8_linear import Fp8Input, Fp8Weight, Nf4Fp8Weight, fp8_input_gradient, fp8_product
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 from pantheraml.kernels.nf4 import Quantized4Bit, nf4_dequantize
-from pantheraml.kernels.projections import Term, project
+from pantheraml.kernels.projections import Group, Term, project
 from pantheraml.kernels.reference import fp8_linear as reference
 
 from .support import DTYPES, random
@@ -261,11 +261,12 @@ def test_residual_and_buffer_of_a_product(adapted):
     A, B = (t["A"], t["B"]) if adapted else (None, None)
     term = Term(Projection(weight), None, t["bias"], A, B, 1.7, "auto")
     x, residual = t["x"].flatten(0, 1), random(2 * TOKENS, OUT, seed=6).bfloat16()
-    (plain,), _ = project(x, x, [term])
+    group = Group.of([term], x)
+    (plain,), _ = project(x, x, group)
     buffer = torch.empty_like(residual)
-    (added,), _ = project(x, x, [term], residual=residual, out=buffer)
+    (added,), _ = project(x, x, group, residual=residual, out=buffer)
     assert added is buffer
-    (same,), _ = project(x, x, [term], rows=fp8_quantize_rows(x))
+    (same,), _ = project(x, x, group, rows=fp8_quantize_rows(x))
     assert torch.equal(same, plain)
     # Roundings to bfloat16 on either side, in another order, of sums no larger than those of the magnitudes: the thin
     # product, four sums and the result.

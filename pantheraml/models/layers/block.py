@@ -22,11 +22,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...kernels.projections import (
+    Group,
     Needs,
     Static,
     Term,
     TermGradients,
-    each_by_kernels,
+    by_kernels,
     joined_A,
     needs_of,
     project,
@@ -170,39 +171,6 @@ def _working(
     return working, joined
 
 
-@dataclass(slots=True)
-class _Group:
-    """Projections of one input, with all their A below one another and whether kernels make the thin products."""
-
-    terms: Sequence[Term]
-    A: torch.Tensor | None
-    kernels: bool
-
-    def project(
-        self, x: torch.Tensor, *, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """As ``project``."""
-        return project(x, x, self.terms, A=self.A, residual=residual, out=out, kernels=self.kernels)
-
-    def thin(self, x: torch.Tensor) -> torch.Tensor | None:
-        """As ``thin_product``."""
-        return thin_product(x, self.terms, self.A, kernels=self.kernels and x.stride(1) == 1)
-
-    def backward(
-        self,
-        grads: Sequence[torch.Tensor],
-        x: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor] | None,
-        skinny: torch.Tensor | None,
-        needs: Sequence[Needs],
-    ) -> tuple[torch.Tensor, list[TermGradients]]:
-        """As ``project_backward``, with the gradient of x always."""
-        grad_x, _, found = project_backward(
-            grads, x, skinny, self.terms, needs, need_x=True, need_u=False, A=self.A, kernels=self.kernels
-        )
-        assert grad_x is not None
-        return grad_x, found
-
-
 class _Layer:
     """The arithmetic of one layer; all tensors are matrices [rows, features] unless said."""
 
@@ -220,13 +188,15 @@ class _Layer:
         self.inputs = n = 3 if spec.widths is None else 1
         groups = terms[:n], terms[n : n + 1], terms[n + 1 : -1], terms[-1:]
         self.fused = Fused.of(h)
-        kernels = each_by_kernels(h.reshape(-1, h.shape[-1]), groups)
+        kernels = by_kernels(h.reshape(-1, h.shape[-1]), groups)
         if all(served or not any(term.rank for term in group) for served, group in zip(kernels, groups)):
             # The kernels round the adapters as they read them.
-            joined = [joined_A(group, None) for group in groups]
+            joined = [joined_A(group) for group in groups]
         else:
             groups, joined = _working(groups, h.dtype)
-        self.qkv, self.o, self.lift, self.down = map(_Group, groups, joined, kernels)
+        self.qkv, self.o, self.lift, self.down = (
+            Group(group, A, kernels=served) for group, A, served in zip(groups, joined, kernels)
+        )
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
@@ -243,7 +213,7 @@ class _Layer:
         """q, k, v [B, heads, T, D] of the residual h, as ``attend`` takes them."""
         spec = self.spec
         state.x, state.rstd = self._norm(0, h)
-        outputs, state.skinny = self.qkv.project(state.x)
+        outputs, state.skinny = project(state.x, state.x, self.qkv)
         q, k, v = outputs if spec.widths is None else outputs[0].split(spec.widths, -1)
         heads = (self.batch, self.length, -1, spec.head_dim)
         if self.normed_turn is not None:
@@ -278,14 +248,14 @@ class _Layer:
         which: int,
         h: torch.Tensor,
         x: torch.Tensor,
-        group: _Group,
+        group: Group,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The residual plus a branch, the thin product and, where a norm follows, the bare projection."""
         if self.spec.norms[which] is None and self.spec.scale == 1.0:
-            (y,), skinny = group.project(x, residual=h, out=out)
+            (y,), skinny = project(x, x, group, residual=h, out=out)
             return y, skinny, None
-        (branch,), skinny = group.project(x)
+        (branch,), skinny = project(x, x, group)
         normed, _ = self._norm(which, branch)
         y = torch.add(h, normed, alpha=self.spec.scale, out=out)
         return y, skinny, branch if self.spec.norms[which] is not None else None
@@ -302,7 +272,7 @@ class _Layer:
 
     def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
         state.x, state.rstd = self._norm(2, middle)
-        outputs, state.skinny = self.lift.project(state.x)
+        outputs, state.skinny = project(state.x, state.x, self.lift)
         if self.spec.packed is None:
             state.gate, state.up = outputs
         else:
@@ -456,12 +426,12 @@ class _Layer:
                 assert state.gate is not None
                 assert state.up is not None
                 product = activate(state.gate, state.up, spec.activation, self.fused)
-                (state.branch,), state.skinny_down = self.down.project(product)
+                (state.branch,), state.skinny_down = project(product, product, self.down)
             elif self.down.A is not None:
                 assert state.gate is not None
                 assert state.up is not None
                 product = activate(state.gate, state.up, spec.activation, self.fused)
-                state.skinny_down = self.down.thin(product)
+                state.skinny_down = thin_product(product, self.down)
         else:
             state.x, state.rstd = self._norm(2, middle)
         dy = self._branch_backward(3, grad, state.branch)
@@ -477,9 +447,9 @@ class _Layer:
             activate_backward(d_product, gate, up, spec.activation, self.fused, again=trained)
             return d_product
 
-        _, last = self.down.backward([dy], through, state.skinny_down, needs[-1:])
+        _, last = _backward([dy], through, state.skinny_down, self.down, needs[-1:])
         lifted = [gate, up] if joint is None else [joint]
-        dx, first = self.lift.backward(lifted, state.x, state.skinny, needs[:-1])
+        dx, first = _backward(lifted, state.x, state.skinny, self.lift, needs[:-1])
         d_middle = self._norm_backward(2, dx, middle, state.rstd, None if spec.parallel else grad)
         assert d_middle is not None
         return d_middle, [*first, *last]
@@ -505,7 +475,7 @@ class _Layer:
         if flat is None and trained:
             flat = self._of_tokens(attended.result)
         flat = flat.reshape(rows, -1) if flat is not None and trained else None
-        d_attended, grads_o = self.o.backward([dy], flat, state.skinny_o, needs_o)
+        d_attended, grads_o = _backward([dy], flat, state.skinny_o, self.o, needs_o)
         if spec.over is not None:
             d_attended = spec.over.to_tokens_backward(d_attended.view(self.batch, self.length, -1, spec.head_dim))
         found = attended.backward(d_attended)
@@ -518,7 +488,7 @@ class _Layer:
         grads = [x.reshape(rows, -1) for x in (dq, dk, dv)]
         if spec.widths is not None:
             grads = [torch.cat(grads, -1)]
-        dx, grads_qkv = self.qkv.backward(grads, state.x, state.skinny, needs[: self.inputs])
+        dx, grads_qkv = _backward(grads, state.x, state.skinny, self.qkv, needs[: self.inputs])
         return self._norm_backward(0, dx, h, state.rstd, residual, need_h), [*grads_qkv, *grads_o]
 
     def _heads_backward(self, state: _State, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -544,6 +514,19 @@ class _Layer:
         grad, grads = norm.backward(dy.reshape(x.shape), x, rstd, self.norm_parameters[id(norm)], needs, self.fused)
         self._collect(norm, grads)
         return grad
+
+
+def _backward(
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor] | None,
+    skinny: torch.Tensor | None,
+    group: Group,
+    needs: Sequence[Needs],
+) -> tuple[torch.Tensor, list[TermGradients]]:
+    """``project_backward`` where the input always needs a gradient."""
+    grad_x, _, found = project_backward(grads, x, skinny, group, needs, need_x=True, need_u=False)
+    assert grad_x is not None
+    return grad_x, found
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
