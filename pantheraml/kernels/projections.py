@@ -361,13 +361,12 @@ def _through_A(
     """``thin.T @ u`` of each term whose A needs it, in the dtype of its A."""
     dtypes = [None if term.A is None else term.grad_dtype or term.A.dtype for term in group.terms]
     distinct = {dtype for dtype in dtypes if dtype is not None}
-    wide = torch.promote_types(torch.float32, u.dtype)
     if kernels:
-        joint = distinct.pop() if len(distinct) == 1 else wide
+        joint = distinct.pop() if len(distinct) == 1 else torch.float32
         product = torch.empty((thin.shape[1], u.shape[1]), dtype=joint, device=u.device)
         low_rank.gradients([u], None, thin, gradient=product.t())
     else:
-        product = _product(thin.t(), u, wide)
+        product = _product(thin.t(), u, torch.promote_types(torch.float32, u.dtype))
     if len(dtypes) == 1:
         return [product if dtypes[0] is None else product.to(dtypes[0])]
     return [

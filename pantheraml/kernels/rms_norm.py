@@ -376,7 +376,7 @@ def rms_norm_forward(
     out_dtype = total.dtype
     if weight is not None:
         weight = weight.contiguous()
-        if casting == "input":
+        if casting == "input" and weight.dtype != out_dtype:
             out_dtype = torch.promote_types(out_dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=fp8 or out_dtype, device=x.device)
     rstd = torch.empty(rows.count, dtype=torch.float32, device=x.device) if save else None

@@ -15,6 +15,7 @@ go through the MLP in pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -533,10 +534,16 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def _own_dtypes(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside; to enter autocast's own context takes longer than to ask."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, spec: Spec, *tensors: torch.Tensor | None) -> torch.Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with _own_dtypes(h):
             layer = _Layer(spec, h, tensors)
             out, state, moved = layer.forward(h.reshape(-1, h.shape[-1]))
         ctx.fetch = spec.offload([h.detach(), *moved]) if spec.offload is not None else None
@@ -559,7 +566,7 @@ class _DecoderLayer(torch.autograd.Function):
             state.take_back(moved, h.reshape(-1, h.shape[-1]))
         del moved
         flags = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with _own_dtypes(grad):
             d_h, grads = layer.backward(
                 h.reshape(-1, h.shape[-1]), state, grad.reshape(-1, grad.shape[-1]), flags[2:], flags[0]
             )

@@ -142,9 +142,9 @@ def activate_backward(
             memory.copy_(value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """The rotation of queries and keys, both [B, T, heads, D], by angles of every position.
+    """The rotation of the queries and keys of one call, both [B, T, heads, D], by angles of every position.
 
     Attributes:
         cos: [B or 1, T, R], in the order that the layout wants.
@@ -155,14 +155,20 @@ class Turn:
     cos: torch.Tensor
     sin: torch.Tensor
     layout: Literal["half", "interleaved"]
+    _angles: Angles | None = None
+
+    def angles(self, q: torch.Tensor, k: torch.Tensor) -> Angles:
+        """The angles as kernels read them, checked against the first q and k."""
+        if self._angles is None:
+            self._angles = make_angles(q, k, self.cos, self.sin, layout=self.layout, head_axis=2)
+        return self._angles
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, fused: Fused, *, backward: bool = False, inplace: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn q and k, or gradients back; ``inplace`` may overwrite them."""
         if fused.rotary:
-            angles = make_angles(q, k, self.cos, self.sin, layout=self.layout, head_axis=2)
-            return rotary_launch(q, k, angles, backward=backward, inplace=inplace)
+            return rotary_launch(q, k, self.angles(q, k), backward=backward, inplace=inplace)
 
         def eager(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             turned = kernels.rotary(q, k, self.cos, self.sin, layout=self.layout, head_axis=2, backend="reference")
@@ -207,8 +213,7 @@ class NormedTurn:
     ) -> tuple[Norms, Angles]:
         plan = self.norms[0].plan
         assert plan is not None
-        angles = make_angles(q, k, self.turn.cos, self.turn.sin, layout=self.turn.layout, head_axis=2)
-        return Norms(parameters[0][0], parameters[1][0], plan.offset, plan.eps), angles
+        return Norms(parameters[0][0], parameters[1][0], plan.offset, plan.eps), self.turn.angles(q, k)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, parameters: Sequence[Sequence[torch.Tensor]]
