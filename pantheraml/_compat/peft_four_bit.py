@@ -46,7 +46,9 @@ def shown(model: nn.Module) -> Iterator[None]:
 
 
 def _look(state: Any, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(1, dtype=state.dtype, device=device).expand(state.shape), requires_grad=False)
+    # Whoever computes with it all the same is to see it.
+    nothing = torch.full((1,), torch.nan, dtype=state.dtype, device=device)
+    return nn.Parameter(nothing.expand(state.shape), requires_grad=False)
 
 
 def prepare(model: Any) -> None:

@@ -269,11 +269,13 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         """The operation that quantises."""
         return _Quantize(self)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(  # type: ignore[override]
+        self, weight_conversions: list[Any], *model: Any
+    ) -> list[Any]:
         """Let conversions that stack single experts read these from a checkpoint in 4 bits."""
         if self.pre_quantized:
             weight_conversions = [self._unpacking(conversion) for conversion in weight_conversions]
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def _unpacking(self, conversion: Any) -> Any:
         if not _makes(conversion, list(self._stacks)) or len(conversion.target_patterns) != 1:
@@ -282,11 +284,15 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         if not all(source.endswith(_WEIGHT) for source in sources):
             return conversion
         described = [f"{source}.{part}" for source in sources for part in _DESCRIPTION]
-        replaced = conversion.copy(
-            [*sources, *described],
-            conversion._original_target_patterns,
+        # A name is matched by the first pattern that fits: those of whole weights come last.
+        replaced = WeightConverter(
+            [*described, *sources],
+            list(conversion._original_target_patterns),
             operations=[_Unpack(self), *conversion.operations, _Hold(self)],
         )
+        for scope in ("scope_prefix", "base_model_prefix"):
+            if hasattr(conversion, scope):
+                setattr(replaced, scope, getattr(conversion, scope))
         self._replaced[id(replaced)] = conversion
         return replaced
 
@@ -296,7 +302,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         if self.pre_quantized:
             names = {".".join(name.split(".")[-2:]) for name in self._stacks}
             conversions += [
-                WeightConverter([name, *(f"{name}.{part}" for part in _DESCRIPTION)], name, [_Deserialize(self)])
+                WeightConverter([*(f"{name}.{part}" for part in _DESCRIPTION), name], name, [_Deserialize(self)])
                 for name in sorted(names)
             ]
         return conversions
@@ -333,7 +339,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         """Put a dense stack into its module, in 4 bits."""
         leaf = name.rpartition(".")[2]
         settings: Any = self.quantization_config
-        module._parameters[leaf] = nn.Parameter(stack.contiguous(), requires_grad=False)
+        due: Any = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(stack.to(due.dtype).contiguous(), requires_grad=False)
         replace_parameter_4bit(
             module,
             leaf,

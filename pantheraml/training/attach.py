@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import env, log
 from .._compat.peft import answering
+from .._compat.peft_four_bit import prepare as prepare_four_bit
+from .._compat.peft_four_bit import shown
 from .._compat.trl import explicit_names, remember
 from ..device import get_device
 from ..errors import UnsupportedError
@@ -84,7 +86,8 @@ def constructing(trainer: Any, arguments: dict[str, Any]) -> Iterator[dict[str, 
                 arguments = before_init(trainer, arguments, record, explicit)
             weights = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
             # TRL may wrap the model by peft_config.
-            with _plain_head(model), answering(model):
+            wraps = arguments.get("peft_config") is not None
+            with _plain_head(model), answering(model), shown(model) if wraps else contextlib.nullcontext():
                 yield arguments
         if _is_quantized(model):
             _restore_weights(trainer.model, weights)
@@ -139,9 +142,11 @@ def before_init(
 def after_init(trainer: Any, record: ModelRecord, explicit: frozenset[str]) -> None:
     """Complete a trainer that TRL has constructed."""
     model, args = trainer.model, trainer.args
-    if record_of(model) is record and isinstance(model, PeftModel) and not hasattr(model, "save_pretrained_merged"):
+    # PEFT's wrapper answers with the methods of what it wraps.
+    if record_of(model) is record and isinstance(model, PeftModel) and "save_pretrained_merged" not in vars(model):
         # TRL wrapped the model by peft_config.
         attach_methods(model)
+        prepare_four_bit(model)
         adapt(model)
     if not install_fused_head(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UnsupportedError(

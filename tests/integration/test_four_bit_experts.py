@@ -9,8 +9,9 @@ import weakref
 import pytest
 import torch
 from conftest import make_tiny
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from training_support import texts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pantheraml import FastLanguageModel
@@ -459,3 +460,29 @@ def test_transformers_dequantizes_experts_too(folders):
     model.dequantize()
     assert not any(stacks.four_bit(module) for module in experts_of(model))
     torch.testing.assert_close(logits(model), due, rtol=0, atol=1e-5)
+
+
+def test_trained_by_trl_which_puts_the_adapter_on(folders, tmp_path, tiny_tokenizer):
+    """The adapter reaches experts, follows ours, and what is trained is saved."""
+    from trl import SFTConfig, SFTTrainer
+
+    def trained(folder, model, **options):
+        args = SFTConfig(
+            output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+            report_to=[], save_strategy="no", max_length=64, use_cpu=True, seed=1,
+        )  # fmt: skip
+        trainer = SFTTrainer(model=model, args=args, train_dataset=texts(), processing_class=tiny_tokenizer, **options)
+        trainer.train()
+        return trainer.model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    config = LoraConfig(**{name: value for name, value in LORA.items() if name != "init_lora_weights"}, lora_alpha=16)
+    model, losses = trained(tmp_path / "theirs", load(folders("qwen3_moe")), peft_config=config)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
+    assert len(names) == 8
+    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if name in names)
+    assert losses[-1] < losses[0]
+    with pytest.raises(UnsupportedError, match="save_pretrained_merged"):
+        model.merge_adapter()
+    assert model.save_pretrained_merged(tmp_path / "merged", tiny_tokenizer, merge_onto="dequantized")
+    _, ours = trained(tmp_path / "ours", lora(load(folders("qwen3_moe")), init_lora_weights=True))
+    assert ours[0] == pytest.approx(losses[0], rel=1e-5)
