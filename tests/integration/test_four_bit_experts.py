@@ -479,6 +479,7 @@ def test_trained_by_trl_which_puts_the_adapter_on(folders, tmp_path, tiny_tokeni
     model, losses = trained(tmp_path / "theirs", load(folders("qwen3_moe")), peft_config=config)
     names = [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
     assert len(names) == 8
+    assert sum(entry.role == "lora" for entry in base_model(model).adapt_report.swapped) == 6
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if name in names)
     assert losses[-1] < losses[0]
     with pytest.raises(UnsupportedError, match="save_pretrained_merged"):
