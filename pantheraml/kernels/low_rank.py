@@ -33,8 +33,10 @@ GRADIENT_PROGRAMS = 2
 COMBINE_TILE = 1024
 # Programs of ``narrow`` that share a sum: ``widen`` adds up what they leave for each of its tiles.
 NARROW_SPLITS = 4
-# Projections that share a launch.
+# Projections that share a launch, and what their partial sums of a thin product may take at once: larger ones come of
+# launches that are long enough for the host.
 JOBS = 3
+SUMS_BYTES = 32 * 2**20
 # Shared memory of a program that every chip has, that the largest have, and what a kernel keeps besides its stages.
 LEAST_SHARED, MOST_SHARED = 64 * 1024, 227 * 1024
 SHARED_RESERVE = 8 * 1024
@@ -701,7 +703,7 @@ def gradients(
 ) -> None:
     """Fill ``thin = scaling * dy @ factor`` and ``gradient = scaling * dy.T @ skinny`` in one pass over ``dy``.
 
-    Up to three such jobs are done at once.
+    Up to three such jobs are done at once, in one launch where their partial sums are small.
 
     Args:
         dys: [T, W] each, float16 or bfloat16, contiguous rows.
@@ -734,6 +736,20 @@ def gradients(
         parts,
         dy.device,
     )
+    if jobs > 1 and 4 * start > SUMS_BYTES:
+        end = 0
+        for i, (x, width) in enumerate(zip(dys, widths)):
+            columns, rows_of, end = slice(i * rank, (i + 1) * rank), slice(end, end + width), end + width
+            gradients(
+                [x],
+                None if factors is None else [factors[i]],
+                None if skinny is None else skinny[:, columns],
+                scaling,
+                thin=None if thin is None else thin[:, columns],
+                gradient=None if gradient is None else gradient[rows_of],
+                tile=tile,
+            )
+        return
     height = 0 if gradient is None else sum(widths)
     sums = torch.empty(start + parts * height * rank, dtype=torch.float32, device=dy.device)
     pairs = [x for pair in zip(dys, factors or (None,) * jobs) for x in pair]

@@ -93,7 +93,9 @@ def test_several_factors_share_a_launch(widths, splits, dtype, device):
 @DTYPE
 @pytest.mark.parametrize("wanted", ["thin", "gradient", "both"])
 @pytest.mark.parametrize("widths", [(97, 33), (130, 16, 70)], ids=str)
-def test_several_gradients_share_a_launch(widths, wanted, dtype, device):
+@pytest.mark.parametrize("limit", [low_rank.SUMS_BYTES, 1], ids=["together", "apart"])
+def test_several_gradients_share_a_launch(limit, widths, wanted, dtype, device, monkeypatch):
+    monkeypatch.setattr(low_rank, "SUMS_BYTES", limit)
     rows, rank = 70, 5
     inputs = {f"dy{i}": random(rows, width, seed=i) for i, width in enumerate(widths)}
     inputs |= {f"B{i}": random(width, rank, seed=3 + i) for i, width in enumerate(widths)}
