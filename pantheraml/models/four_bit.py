@@ -6,6 +6,7 @@ time, and only its 4-bit form stays. The quantiser is registered under a name of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bitsandbytes.nn.parametrize import (
     replace_parameter_4bit,
     replace_parameter_4bit_prequantized,
 )
+from safetensors import safe_open
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import BitsAndBytesConfig
@@ -234,8 +236,24 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         # Names of the stacks to quantise; of a checkpoint that is in 4 bits, of those that may be in it.
         self._stacks: set[str] = set()
         self._order: dict[str, tuple[str, ...]] = {}
+        self._files: Sequence[str] = ()
         # Conversions that were replaced by others, by the address of these.
         self._replaced: dict[int, WeightConverter] = {}
+
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
+        """Put 4-bit layers into a model that is about to be loaded."""
+        self._files = options.get("checkpoint_files") or ()
+        super().preprocess_model(model, dtype=dtype, **options)
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        # transformers takes the stacks of some families apart, as they were stored before they could be in 4 bits.
+        leaves = {name for module in model.modules() if looks_like_experts(module) for name in stacks.shapes(module)}
+        for file in (file for file in self._files if file.endswith(".safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                stored = {name.removesuffix(".absmax").rpartition(".")[2] for name in opened.keys()}  # noqa: SIM118
+            if leaves & stored:
+                return
+        super()._convert_model_for_quantization(model)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **options)
