@@ -23,6 +23,7 @@ from pantheraml.models.activations import set_activation_plan
 from pantheraml.models.adapt import restore
 from pantheraml.models.roles import base_model, is_parameter_lora, looks_like_experts
 from pantheraml.training.progress import parameter_counts
+from pantheraml.training.utilisation import flops_per_token
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -161,6 +162,7 @@ def test_experts_are_held_in_4_bits(folders, family, capsys):
     assert f"nf4 ({total:,} weights of experts too)" in capsys.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(folders(family))
     assert parameter_counts(model)[1] == sum(p.numel() for p in plain.parameters())
+    assert flops_per_token(model.requires_grad_(False)) == flops_per_token(plain.requires_grad_(False))
     assert [entry for entry in model.adapt_report.swapped if entry.role == "experts"]
     assert model.config.quantization_config.quant_method == "bitsandbytes"
     # The stacks are near those of the checkpoint, as nf4 is.
