@@ -39,7 +39,7 @@ def calls_of(lines: Sequence[Line], case: str) -> list[list[Line]]:
         if line["case"] == case:
             by_call.setdefault((line["call"], line["device"]), []).append(line)
     calls = [by_call[key] for key in sorted(by_call)]
-    rows = [{(line["device"], line["row"], line.get("ranks")) for line in call} for call in calls]
+    rows = [{(line["device"], line["row"], line.get("ranks", 1)) for line in call} for call in calls]
     return [call for i, call in enumerate(calls) if not any(rows[i] <= later for later in rows[i + 1 :])]
 
 
@@ -47,9 +47,22 @@ def _first(by_name: dict[str, Line], names: Sequence[str]) -> Line | None:
     return next((by_name[name] for name in names if name in by_name and "error" not in by_name[name]), None)
 
 
+def reference_of(call: Sequence[Line], of_case: Sequence[Line]) -> Line | None:
+    """What the losses of a call are compared with: a row of it, or else the last of the same case and device.
+
+    Losses depend on neither the machine nor the moment: weights and data are the same in every call.
+    """
+    for lines in (call, [line for line in of_case if line["device"] == call[0]["device"]]):
+        for name in REFERENCES:
+            found = [line for line in lines if line["row"] == name and len(line.get("steps", ())) > 1]
+            if found:
+                return found[-1]
+    return None
+
+
 def differences(line: Line, reference: Line | None, key: str) -> list[float]:
     """Relative difference from the reference at each of the first steps; ``key`` is ``"loss"`` or ``"grad_norm"``."""
-    if reference is None or line is reference or "error" in line:
+    if reference is None or line is reference or "error" in line or line["row"] == reference["row"]:
         return []
     pairs = list(zip(line["steps"], reference["steps"]))[:COMPARED_STEPS]
     return [abs(a[key] - b[key]) / max(abs(b[key]), 1e-12) for a, b in pairs]
@@ -80,13 +93,20 @@ def _bars(row: cases.Row, line: Line, peer: Line | None) -> str:
     return "; ".join(told)
 
 
-def step_table(case: cases.Workload, call: Sequence[Line]) -> list[str]:
+def _told(reference: Line | None, call: Sequence[Line]) -> str:
+    """Which row losses are compared with, and of which call if of another."""
+    if reference is None:
+        return "-"
+    return reference["row"] + ("" if reference["call"] == call[0]["call"] else f" of {reference['call']}")
+
+
+def step_table(case: cases.Workload, call: Sequence[Line], reference: Line | None) -> list[str]:
     """Speed, memory and loss of each row of one call."""
     by_name = {line["row"]: line for line in call}
-    peer, reference = _first(by_name, PEERS), _first(by_name, REFERENCES)
+    peer = _first(by_name, PEERS)
     known = {row.name: row for row in case.rows}
     head = ["row", "tokens/s", f"x {peer['row'] if peer else 'peer'}", "bar", "peak GiB (reserved)"]
-    head += ["step ms, median (min to max)", f"loss, largest difference from {reference['row'] if reference else '-'}"]
+    head += ["step ms, median (min to max)", f"loss, largest difference from {_told(reference, call)}"]
     head += ["gradient norm, likewise", f"steps within {LOSS_BAR:g}"]
     body = []
     for name, line in by_name.items():
@@ -112,12 +132,10 @@ def step_table(case: cases.Workload, call: Sequence[Line]) -> list[str]:
     return _markdown(head, body)
 
 
-def loss_tables(call: Sequence[Line]) -> list[str]:
+def loss_tables(call: Sequence[Line], reference: Line | None) -> list[str]:
     """Loss and gradient norm of the reference at each step, and every other row's relative difference."""
-    by_name = {line["row"]: line for line in call if "error" not in line}
-    reference = _first(by_name, REFERENCES)
-    others = [line for line in by_name.values() if line is not reference]
-    if reference is None or not others or len(reference["steps"]) < 2:
+    others = [line for line in call if reference is not None and differences(line, reference, "loss")]
+    if reference is None or not others:
         return []
     told: list[str] = []
     for key, title in (("loss", "Loss"), ("grad_norm", "Gradient norm")):
@@ -127,7 +145,12 @@ def loss_tables(call: Sequence[Line]) -> list[str]:
             for step, values in enumerate(reference["steps"][:COMPARED_STEPS])
         ]
         head = ["step", reference["row"], *(line["row"] for line in others)]
-        told += ["", f"{title} of {reference['row']}, and relative differences from it:", "", *_markdown(head, body)]
+        told += [
+            "",
+            f"{title} of {_told(reference, call)}, and relative differences from it:",
+            "",
+            *_markdown(head, body),
+        ]
     return ["", "<details><summary>Loss and gradient norm at each step</summary>", *told, "", "</details>"]
 
 
@@ -182,7 +205,9 @@ def render(lines: Sequence[Line]) -> str:
         "",
         "Random weights in the shapes of real models, random tokens without padding, TRL's `SFTTrainer`, LoRA on all",
         "seven projections, every contender from the same weights with the same data and in a process of its own.",
-        "Times are those of the steps after the third. A factor is relative to the peer's default in the same call.",
+        "Times are those of the steps after the third. A factor is relative to the peer's default in the same call;",
+        "losses, which depend on neither machine nor moment, are compared with plain transformers' in that call or",
+        "else in another.",
         "`hf` is transformers, PEFT and TRL as they are, `liger` the same with Liger's kernels, both with",
         "checkpointing. `default` is what each contender does when nothing is chosen, `keep` a peer told to keep all",
         "activations, `recompute` and `capped` PantheraML told to recompute every layer from what waits in host",
@@ -199,10 +224,11 @@ def render(lines: Sequence[Line]) -> str:
                 f"`{name}`, {size}; call of {call[0]['call']}, {call[0]['device']}.",
                 "",
             ]
-            page += start_table(call) if case.repeats > 1 else step_table(case, call)
+            reference = reference_of(call, [line for line in lines if line["case"] == name])
+            page += start_table(call) if case.repeats > 1 else step_table(case, call, reference)
             told = [(line["row"], line[key]) for line in call for key in ("plan", "adapted") if line.get(key)]
             page += ["", *(f"- {row}: {text}" for row, text in dict.fromkeys(told))] if told else []
-            page += [] if case.repeats > 1 else loss_tables(call)
+            page += [] if case.repeats > 1 else loss_tables(call, reference)
     page += ["", "## Calls", ""]
     for call, line in {line["call"]: line for line in lines}.items():
         told = ", ".join(f"{package} {version}" for package, version in line["versions"].items())

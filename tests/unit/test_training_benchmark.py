@@ -90,6 +90,18 @@ def test_only_rows_of_one_call_are_compared_and_a_fuller_later_call_replaces(mod
     assert [c[0]["call"] for c in report.calls_of(lines, "8b-lora")] == ["c"]
 
 
+def test_losses_are_compared_with_another_call_where_the_own_has_no_reference(modules):
+    _, report = modules
+    lines = [
+        line("hf/default", 1, call="a", losses=(10.0, 8.0)),
+        line("pantheraml/default", 1, call="b", losses=(10.0, 8.04)),
+        line("hf/default", 1, call="c", losses=()),
+    ]
+    ours = row_of(report.render(lines), "pantheraml/default")
+    assert ours[6] == "5.0e-03"
+    assert "largest difference from hf/default of a" in report.render(lines)
+
+
 def test_start_up_counts_from_the_faster_plain_process(modules):
     _, report = modules
     lines = [
