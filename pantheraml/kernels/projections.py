@@ -145,10 +145,11 @@ class Group:
         A: All their A below one another, [sum of ranks, I]; None without adapters.
         kernels: Whether Triton's kernels make the thin products.
         pieces: Where each term's columns lie in ``u @ A.T``.
+        read: Numbers of each row of ``u @ A.T`` that the kernels read to make the updates.
         together: Whether the terms' thin products share launches: they have one kind of adapter.
     """
 
-    __slots__ = ("A", "kernels", "pieces", "terms", "together")
+    __slots__ = ("A", "kernels", "pieces", "read", "terms", "together")
 
     def __init__(self, terms: Sequence[Term], A: torch.Tensor | None, *, kernels: bool) -> None:
         self.terms, self.A, self.kernels = terms, A, kernels
@@ -157,6 +158,7 @@ class Group:
         for term in terms:
             self.pieces.append(slice(start, start + term.rank))
             start += term.rank
+        self.read = sum([low_rank.reading(t.rank, t.B.shape[0]) for t in terms if t.B is not None]) if kernels else 0
         self.together = kernels and 1 < len(terms) <= low_rank.JOBS
         if self.together:
             kinds = {None if t.B is None else (t.rank, t.scaling, t.grad_dtype, t.B.dtype, t.B.stride()) for t in terms}
@@ -204,7 +206,7 @@ def project(
     terms, A = group.terms, group.A
     if A is not None and group.kernels and u.stride(1) == 1:
         # What its programs leave is added up by the kernels that read it.
-        parts: torch.Tensor | None = low_rank.narrow_parts(u, A)
+        parts: torch.Tensor | None = low_rank.narrow_parts(u, A, read=group.read)
         assert parts is not None
         skinny = parts[0] if parts.shape[0] == 1 else torch.empty(parts.shape[1:], dtype=dtype, device=x.device)
     else:

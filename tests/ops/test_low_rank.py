@@ -74,7 +74,7 @@ def test_several_factors_share_a_launch(widths, splits, dtype, device):
     inputs |= {f"B{i}": random(width, rank, seed=2 + i) for i, width in enumerate(widths)}
 
     def kernel(x, A, **factors):
-        parts = low_rank.narrow_parts(x, A, tile=SMALL, splits=splits)
+        parts = low_rank.narrow_parts(x, A, read=0, tile=SMALL, splits=splits)
         assert parts.shape == (splits, rows, rank * len(widths))
         total = torch.empty(parts.shape[1:], dtype=x.dtype, device=x.device)
         several = low_rank.widen_each(parts, list(factors.values()), 0.7, total=total, tile=SMALL)
@@ -186,3 +186,14 @@ def test_real_shapes(rank, dtype, gpu):
         return dy @ B * 2.0, dy.t() @ s * 2.0, s @ B.t() * 2.0
 
     assert_matches(kernel, expected, inputs, dtype=dtype, device=gpu)
+
+
+@pytest.mark.parametrize("read", [0, 16, None])
+def test_parts_are_added_up_first_where_reading_them_takes_longer(read, device, monkeypatch):
+    x, A = random(70, 96).to(device, torch.float16), random(16, 96, seed=1).to(device, torch.float16)
+    # Three float32 parts for one number of 16 bits, of 70 rows.
+    monkeypatch.setattr(low_rank, "FOLDED_BYTES", 70 * 16 * 10 - 1)
+    parts = low_rank.narrow_parts(x, A, read=read, tile=SMALL, splits=3)
+    assert parts.shape == (3 if read == 0 else 1, 70, 16)
+    assert parts.dtype == (torch.float32 if read == 0 else torch.float16)
+    torch.testing.assert_close(parts.sum(0, dtype=torch.float32).half(), low_rank.narrow(x, A, tile=SMALL, splits=3))
