@@ -120,14 +120,20 @@ def check_attention(value: Any) -> None:
             )
 
 
+def _number(entry: dict[str, Any]) -> Any:
+    """Infinities and NaN, which JSON does not have, in the form that transformers writes them."""
+    tag = entry.get("__float__")
+    return float(tag) if len(entry) == 1 and tag in ("Infinity", "-Infinity", "NaN") else entry
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from ``path``.
+    """Parse a JSON object from ``path``; ``{"__float__": "Infinity"}`` in it is a number, as transformers writes it.
 
     Raises:
         CheckpointError: the file is no JSON object; line and column are named.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path.name} is not UTF-8 text", where=str(path), why=str(error)) from error
     except json.JSONDecodeError as error:
