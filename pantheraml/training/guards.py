@@ -117,9 +117,15 @@ class NonFiniteGuard(TrainerCallback):
         scaler = getattr(self._trainer.accelerator, "scaler", None)
         if not getattr(optimizer, "_step_supports_amp_scaling", False) or (scaler is not None and scaler.is_enabled()):
             return None
-        gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # A sharded parameter's update does not mix with a plain tensor.
-        return None if any(hasattr(p, "full_tensor") for p, _ in gradients) else gradients
+        groups = optimizer.param_groups
+        # A checkpoint of an optimizer that was not fused takes that option away again. SGD that leaves its first step
+        # out goes on with a momentum that nobody has filled.
+        if any(not group.get("fused") or group.get("momentum") for group in groups):
+            return None
+        gradients = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        # A sharded parameter's update does not mix with a plain tensor, and one on a CPU would not wait for a GPU's.
+        kind = self._trainer.args.device.type
+        return None if any(hasattr(p, "full_tensor") or p.device.type != kind for p, _ in gradients) else gradients
 
     def _judge(
         self,

@@ -115,14 +115,22 @@ def test_a_bad_step_that_the_optimizer_left_out_is_named_and_ends_training():
         step(GOOD, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("kind", ["not fused", "scaled"])
+@pytest.mark.parametrize("kind", ["not fused", "scaled", "of a checkpoint that was not fused", "with momentum"])
 def test_an_optimizer_that_cannot_be_told_is_not(kind):
-    guard, step, model = make(1024.0 if kind == "scaled" else None)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=kind == "scaled")
+    guard, step, model = make(1024.0 if kind == "scaled" else None, action="skip")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=kind != "not fused")
+    if kind == "of a checkpoint that was not fused":
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    if kind == "with momentum":
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append((guard._told, hasattr(optimizer, "found_inf"))))
+    before = model.weight.clone()
+    step(BAD, optimizer=optimizer)
+    assert torch.equal(model.weight, before)
     step(GOOD, optimizer=optimizer)
-    assert seen == [(None, False)]
+    assert not torch.equal(model.weight, before)
+    assert seen == [(None, False)] * 2
 
 
 def test_tokens_are_counted_without_padding():
