@@ -52,18 +52,34 @@ def _look(state: Any, device: torch.device) -> nn.Parameter:
 
 
 def prepare(model: Any) -> None:
-    """Let a PEFT model see its parameters in 4 bits as plain ones whenever it puts an adapter on, and merge none."""
+    """Let a PEFT model run adapters over its parameters in 4 bits, put on more of them, and merge none."""
     tuner = model.base_model
     if not any(_LISTS in module._modules for module in model.modules()):
         return
     for method in (_inject_parameters, merge_adapter, _unload_and_optionally_merge):
         if hasattr(tuner, method.__name__):
             tuner.__dict__[method.__name__] = types.MethodType(method, tuner)
+    _prepare_wrappers(tuner)
 
 
 def _inject_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
     with shown(self):
-        return type(self)._inject_parameters(self, *args, **kwargs)
+        names = type(self)._inject_parameters(self, *args, **kwargs)
+    _prepare_wrappers(self)
+    return names
+
+
+def _prepare_wrappers(model: nn.Module) -> None:
+    """Let each LoRA wrapper of a parameter in 4 bits run over it, and refuse to merge into it."""
+    from peft.tuners.lora.layer import ParamWrapper  # PEFT is loaded where there is an adapter
+
+    for module in model.modules():
+        if not isinstance(module, ParamWrapper):
+            continue
+        lists: Any = module.get_base_layer()._modules.get(_LISTS, ())
+        if module.parameter_name in lists and hasattr(lists[module.parameter_name][0], "quant_state"):
+            for name, method in (("get_param", _get_param), ("_activate_lora", _activate_lora), ("merge", _merge)):
+                module.__dict__[name] = types.MethodType(method, module)
 
 
 def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -129,9 +145,3 @@ def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
 
 def _merge(self: Any, *_: Any, **__: Any) -> None:
     _refuse_merge(self)
-
-
-def over_four_bits(wrapper: Any) -> None:
-    """Let a LoRA wrapper of PEFT run over a parameter in 4 bits, and refuse to merge into it."""
-    for name, method in (("get_param", _get_param), ("_activate_lora", _activate_lora), ("merge", _merge)):
-        wrapper.__dict__[name] = types.MethodType(method, wrapper)

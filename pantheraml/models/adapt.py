@@ -162,7 +162,7 @@ def adapt(model: nn.Module) -> AdaptReport:
     for candidate in sorted(candidates, key=lambda candidate: candidate.role is Role.LORA):
         module = candidate.module
         if candidate.role is Role.LORA:
-            (experts if is_parameter_lora(module) else lora).adopt(module)
+            lora.adopt(module)
         swap = swap_of(module)
         if swap is None or not is_installed(module):
             decision = _decide(candidate, decided)

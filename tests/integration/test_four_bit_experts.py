@@ -344,6 +344,25 @@ def test_a_second_adapter_and_none(folders):
         torch.testing.assert_close(logits(model), bare)
 
 
+def test_a_second_adapter_reaches_experts_that_the_first_leaves_out(folders):
+    folder = folders("qwen3_moe")
+    base = load(folder)
+    twin = dequantised(folder, base)
+
+    def two(model):
+        model = lora(model, target_parameters=None)
+        model.add_adapter("second", LoraConfig(**LORA))
+        model.set_adapter("second")
+        return model
+
+    model, twin = two(base), two(twin)
+    same_adapter(model, twin)
+    for _ in range(2):
+        assert_same_step(step(model), step(twin), tolerance=1e-4)
+    with pytest.raises(UnsupportedError, match="save_pretrained_merged"):
+        model.merge_adapter()
+
+
 def test_a_merge_into_4_bits_is_refused_and_changes_nothing(folders):
     model = lora(load(folders("qwen3_moe")), target_modules=["o_proj"]).eval()
     due = logits(model)

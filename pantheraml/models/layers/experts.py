@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ... import kernels
-from ..._compat.peft_four_bit import over_four_bits
 from ...kernels.four_bit_stack import FourBitStack
 from ...kernels.glu import ACTIVATIONS
 from ...kernels.grouped_gemm import Stack
@@ -239,12 +238,6 @@ def innermost(module: Any) -> Any:
     while is_parameter_lora(module):
         module = module.base_layer
     return module
-
-
-def adopt(wrapper: Any) -> None:
-    """Prepare a LoRA wrapper of a parameter that is held in 4 bits, where it is; see ``_compat.peft_four_bit``."""
-    if wrapper.parameter_name in stacks.four_bit(innermost(wrapper)):
-        over_four_bits(wrapper)
 
 
 def plan_lora(module: Any) -> Swap | str:
