@@ -70,6 +70,7 @@ def _adamw_8bit_kernel(
     values2,
     floors1,
     floors2,
+    discard,
     count,
     beta1,
     beta2,
@@ -86,7 +87,7 @@ def _adamw_8bit_kernel(
     """``m = beta1 m + gain1 g; v = beta2 v + gain2 g²; p = keep p - rate m / (sqrt(v) + eps)`` of ``ROWS`` blocks.
 
     With a table, the blocks are those of the parameter in row ``owners[program]``, see ``Table``, and the pointers that
-    were given tell only their types.
+    were given tell only their types. Where ``discard`` is not zero, everything stays as it is.
     """
     i_program = tl.program_id(0).to(tl.int64)
     if table is not None:
@@ -104,6 +105,10 @@ def _adamw_8bit_kernel(
             gradient = tl.multiple_of(gradient, 16)
             state1 = tl.multiple_of(state1, 16)
             state2 = tl.multiple_of(state2, 16)
+            count = tl.multiple_of(count, 16)
+    if discard is not None:
+        count = tl.where(tl.load(discard) == 0.0, count, 0)
+        if ALIGNED:
             count = tl.multiple_of(count, 16)
     i_block = i_program * ROWS
     i_start = i_block * BLOCK
@@ -187,7 +192,12 @@ class Table(NamedTuple):
 
 
 def _launch(
-    update: Update, books: tuple[Codebook, Codebook], scalars: Scalars, programs: int, table: Table | None = None
+    update: Update,
+    books: tuple[Codebook, Codebook],
+    scalars: Scalars,
+    programs: int,
+    table: Table | None = None,
+    discard: torch.Tensor | None = None,
 ) -> None:
     p, gradient, (state1, state2), (absmax1, absmax2) = update
     with on_device(p):
@@ -204,6 +214,7 @@ def _launch(
             values2=books[1].values,
             floors1=books[0].floors,
             floors2=books[1].floors,
+            discard=discard,
             count=p.numel() if table is None else None,
             **scalars.arguments(),
             ALIGNED=table is not None and table.aligned,
@@ -214,15 +225,21 @@ def _launch(
         )
 
 
-def adamw_8bit_step(update: Update, books: tuple[Codebook, Codebook], scalars: Scalars) -> None:
-    """Launch the kernel for one parameter, with arguments that are right; see ``adamw_8bit``."""
+def adamw_8bit_step(
+    update: Update, books: tuple[Codebook, Codebook], scalars: Scalars, discard: torch.Tensor | None = None
+) -> None:
+    """Launch the kernel for one parameter, with arguments that are right; see ``adamw_8bit_steps``."""
     if update.p.numel():
-        _launch(update, books, scalars, cdiv(update.p.numel(), ROWS * BLOCK))
+        _launch(update, books, scalars, cdiv(update.p.numel(), ROWS * BLOCK), None, discard)
         torch.autograd.graph.increment_version(update.p)
 
 
 def adamw_8bit_steps(
-    updates: Sequence[Update], books: tuple[Codebook, Codebook], scalars: Scalars, last: Table | None = None
+    updates: Sequence[Update],
+    books: tuple[Codebook, Codebook],
+    scalars: Scalars,
+    last: Table | None = None,
+    discard: torch.Tensor | None = None,
 ) -> Table | None:
     """Update many parameters in one launch, except large ones, which get one each.
 
@@ -231,6 +248,7 @@ def adamw_8bit_steps(
         books: As in ``adamw_8bit``.
         scalars: As in ``adamw_8bit``.
         last: What the call before returned, which saves the table where nothing moved.
+        discard: A float32 number on the device: where it is not zero, everything stays as it is. Default None.
 
     Returns:
         The table to give to the next call.
@@ -238,11 +256,11 @@ def adamw_8bit_steps(
     together = [update for update in updates if 0 < update.p.numel() < ALONE]
     for update in updates:
         if update.p.numel() >= ALONE:
-            adamw_8bit_step(update, books, scalars)
+            adamw_8bit_step(update, books, scalars, discard)
     if not together:
         return None
     table = Table.of(together, last)
-    _launch(together[0], books, scalars, len(table.owners), table)
+    _launch(together[0], books, scalars, len(table.owners), table, discard)
     torch.autograd.graph.increment_version([update.p for update in together])
     return table
 
@@ -317,9 +335,9 @@ def variants() -> Iterator[Variant]:
     )
     table = {"table": "*i64", "owners": "*i32"}
     forms = (
-        ("one", {"count": "i32"}, {"table": None, "owners": None, "ALIGNED": False}),
-        ("table", table, {"count": None, "ALIGNED": True}),
-        ("table-unaligned", table, {"count": None, "ALIGNED": False}),
+        ("one", {"count": "i32", "discard": "*fp32"}, {"table": None, "owners": None, "ALIGNED": False}),
+        ("table", table | {"discard": "*fp32"}, {"count": None, "ALIGNED": True}),
+        ("table-unaligned", table, {"count": None, "discard": None, "ALIGNED": False}),
     )
     for dtype in ("fp16", "bf16", "fp32"):
         for form, arguments, constants in forms:

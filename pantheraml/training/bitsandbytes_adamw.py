@@ -79,6 +79,23 @@ class AdamW(bitsandbytes.optim.AdamW):
         # By the identity of the map, which the entry keeps alive.
         self._books: dict[int, tuple[torch.Tensor, Codebook | None]] = {}
         self._tables: dict[_Kind, Table | None] = {}
+        self._counted: list[dict[str, Any]] = []
+        self._left_to_others = True
+
+    @property
+    def takes_found_inf(self) -> bool:
+        """Whether a step can be left out on the device, by setting ``found_inf``, float32, to 1: see ``uncount``.
+
+        It can when the kernel made the whole of the step before. torch's own name for this promises a gradient scaler
+        more.
+        """
+        return not self._left_to_others
+
+    def uncount(self) -> None:
+        """Forget that the last step was made: ``found_inf`` has left it out."""
+        for state in self._counted:
+            state["step"] -= 1
+        self._counted = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,7 +119,10 @@ class AdamW(bitsandbytes.optim.AdamW):
             self.initialized = True
         batches: dict[tuple[_Kind, _Options], tuple[_Books, list[Update]]] = {}
         served: dict[tuple[torch.device, torch.dtype], bool] = {}
-        last = None
+        discard: dict[torch.device, torch.Tensor] = {}
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        left_out: bool | None = None
+        last, self._counted, self._left_to_others = None, [], False
         for i_group, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -119,9 +139,15 @@ class AdamW(bitsandbytes.optim.AdamW):
                         served[where] = self._serves(p)
                     found = self._codebooks(state) if served[where] else None
                 if found is None:
-                    self.update_step(group, p, i_group, i)
+                    self._left_to_others = True
+                    if found_inf is not None and left_out is None:
+                        # Such an update cannot be told on the device: a parameter that had none in the step before.
+                        left_out = bool(found_inf)
+                    if not left_out:
+                        self.update_step(group, p, i_group, i)
                     continue
                 state["step"] += 1
+                self._counted.append(state)
                 beta1, beta2 = config["betas"][:2]
                 options = _Options(state["step"], config["lr"], beta1, beta2, config["eps"], config["weight_decay"])
                 even = p.numel() % 16 == 0
@@ -130,7 +156,9 @@ class AdamW(bitsandbytes.optim.AdamW):
         tables = {}
         for (kind, options), (books, updates) in batches.items():
             scalars = Scalars.of(**options._asdict())
-            tables[kind] = adamw_8bit_steps(updates, books, scalars, self._tables.get(kind))
+            if found_inf is not None and kind.device not in discard:
+                discard[kind.device] = found_inf.to(kind.device, non_blocking=True)
+            tables[kind] = adamw_8bit_steps(updates, books, scalars, self._tables.get(kind), discard.get(kind.device))
         self._tables = tables
         if self.is_paged and last is not None:
             sync_gpu(last)
@@ -141,6 +169,7 @@ class AdamW(bitsandbytes.optim.AdamW):
         super().load_state_dict(state_dict, move_to_device)
         self._books.clear()
         self._tables.clear()
+        self._counted, self._left_to_others = [], True
 
     def _serves(self, p: torch.Tensor) -> bool:
         """Whether the kernel runs for parameters of this device and dtype."""

@@ -3,8 +3,8 @@
 The check runs between backward and the optimizer's step, costs one reading from the device a step, and comes out the
 same on every rank. See the numerics rules of torchtitan (https://github.com/pytorch/torchtitan) for the idea.
 
-An optimizer that takes torch's ``found_inf``, as the fused ones do, is told on the device, and read is only when the
-step has ended: what the host does in between, a few milliseconds, it does while the backward still runs.
+An optimizer that takes torch's ``found_inf``, as the fused ones and our 8-bit AdamW do, is told on the device, and read
+is only when the step has ended: what the host does in between, a few milliseconds, it does while the backward runs.
 """
 
 from __future__ import annotations
@@ -110,19 +110,17 @@ class NonFiniteGuard(TrainerCallback):
             return
         if told.ready is not None:
             told.ready.synchronize()
-        self._judge(told.facts.tolist(), told.step, kwargs["model"], told.gradients)
+        facts = told.facts.tolist()
+        if facts[0] and hasattr(told.optimizer, "uncount"):
+            told.optimizer.uncount()
+        self._judge(facts, told.step, kwargs["model"], told.gradients)
 
     def _gradients_of(self, optimizer: Any) -> list[tuple[nn.Parameter, torch.Tensor]] | None:
         """What the optimizer is about to step by, where it can be told on the device whether to; None elsewhere."""
         scaler = getattr(self._trainer.accelerator, "scaler", None)
-        if not getattr(optimizer, "_step_supports_amp_scaling", False) or (scaler is not None and scaler.is_enabled()):
+        if not _takes_found_inf(optimizer) or (scaler is not None and scaler.is_enabled()):
             return None
-        groups = optimizer.param_groups
-        # A checkpoint of an optimizer that was not fused takes that option away again. SGD that leaves its first step
-        # out goes on with a momentum that nobody has filled.
-        if any(not group.get("fused") or group.get("momentum") for group in groups):
-            return None
-        gradients = [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # A sharded parameter's update does not mix with a plain tensor, and one on a CPU would not wait for a GPU's.
         kind = self._trainer.args.device.type
         return None if any(hasattr(p, "full_tensor") or p.device.type != kind for p, _ in gradients) else gradients
@@ -249,6 +247,17 @@ class NonFiniteGuard(TrainerCallback):
 def _innermost(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _takes_found_inf(optimizer: Any) -> bool:
+    """Whether a step of the optimizer can be left out by a tensor on the device."""
+    if getattr(optimizer, "takes_found_inf", False):
+        return True
+    # A checkpoint of an optimizer that was not fused takes that option away again. SGD that leaves its first step out
+    # goes on with a momentum that nobody has filled.
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused") and not group.get("momentum") for group in optimizer.param_groups
+    )
 
 
 def _gradient_norm(model: nn.Module) -> torch.Tensor | None:

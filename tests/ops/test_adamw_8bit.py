@@ -204,6 +204,23 @@ def test_many_parameters_in_one_launch(alone, sizes, dtype, device, monkeypatch)
     assert tables[0].aligned == all(count % 16 == 0 for count in sizes if 0 < count < alone)
 
 
+@DTYPE
+@pytest.mark.parametrize("alone", [1 << 23, 1000], ids=["together", "large ones alone"])
+def test_a_step_is_left_out_on_the_device(alone, dtype, device, monkeypatch):
+    monkeypatch.setattr(kernel, "ALONE", alone)
+    runs, same = ([Run(count, dtype, device, seed=10 * i) for i, count in enumerate([512, 4096, 16])] for _ in range(2))
+    scalars = reference.Scalars.of(step=1, lr=1e-2, **OPTIONS)
+    updates = [kernel.Update(run.p, run.gradients[0], run.states, run.absmax) for run in runs]
+    kernel.adamw_8bit_steps(updates, runs[0].books, scalars, discard=torch.ones((), device=device))
+    for a, b in zip(runs, same):
+        assert_equal(a, b)
+    kernel.adamw_8bit_steps(updates, runs[0].books, scalars, discard=torch.zeros((), device=device))
+    expected = [kernel.Update(run.p, run.gradients[0], run.states, run.absmax) for run in same]
+    kernel.adamw_8bit_steps(expected, runs[0].books, scalars)
+    for a, b in zip(runs, same):
+        assert_equal(a, b)
+
+
 def test_a_table_is_made_again_where_sizes_or_tiles_differ(device, monkeypatch):
     def table(sizes, last):
         runs = [Run(count, torch.float32, device) for count in sizes]

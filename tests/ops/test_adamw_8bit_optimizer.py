@@ -240,3 +240,60 @@ def test_large_parameters_on_a_gpu(paged, dtype, gpu, counted):
     assert len(counted) == 3 * 20
     for a, b, c in zip(weights["ours"], weights["theirs"], start):
         assert (a - b).float().norm() <= 0.02 * (b - c).float().norm()
+
+
+def without_biases(device):
+    """Weights of 8-bit states alone."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(67, 96, bias=False), torch.nn.Tanh(), torch.nn.Linear(96, 64, bias=False)]
+    return torch.nn.Sequential(*layers).to(device)
+
+
+def one_step(model, optimizer, number, *, left_out=None):
+    """A step on a batch of this number; ``left_out`` is told on the device."""
+    generator = torch.Generator().manual_seed(number)
+    device = model[0].weight.device
+    model(torch.randn(32, 67, generator=generator).to(device)).square().mean().backward()
+    if left_out is not None:
+        optimizer.found_inf = torch.tensor(float(left_out), device=device)
+    optimizer.step()
+    if left_out is not None:
+        del optimizer.found_inf
+        if left_out:
+            optimizer.uncount()
+    optimizer.zero_grad()
+
+
+def test_a_step_that_is_left_out_on_the_device_has_not_been(device):
+    ours, other = without_biases(device), without_biases(device)
+    fused, plain = (AdamW(m.parameters(), backend="triton", **OPTIONS) for m in (ours, other))
+    assert not fused.takes_found_inf  # nobody knows yet who makes the updates
+    for number, left_out in ((0, None), (1, False), (2, True), (3, False)):
+        one_step(ours, fused, number, left_out=left_out)
+        assert fused.takes_found_inf
+        if not left_out:
+            one_step(other, plain, number)
+    for p, q in zip(ours.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+        assert fused.state[p]["step"] == plain.state[q]["step"] == 3
+        for name in ("state1", "state2", "absmax1", "absmax2"):
+            assert torch.equal(fused.state[p][name], plain.state[q][name])
+
+
+def test_updates_of_others_are_left_out_too_and_not_told_again(device):
+    model = network(device)
+    for layer in (model[0], model[2], model[4]):
+        layer.bias.requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    optimizer = AdamW(model.parameters(), backend="triton", **OPTIONS)
+    one_step(model, optimizer, 0)
+    assert optimizer.takes_found_inf
+    # 32-bit states, from now on.
+    model[4].weight.requires_grad_(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    one_step(model, optimizer, 1, left_out=True)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert not optimizer.takes_found_inf
+    one_step(model, optimizer, 1)
+    assert not torch.equal(model[4].weight, before[4])
+    assert not torch.equal(model[0].weight, before[0])

@@ -115,12 +115,39 @@ def test_a_bad_step_that_the_optimizer_left_out_is_named_and_ends_training():
         step(GOOD, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("kind", ["not fused", "scaled", "of a checkpoint that was not fused", "with momentum"])
+def test_an_optimizer_that_counts_on_the_host_is_told_what_it_left_out():
+    class Counting(torch.optim.SGD):
+        takes_found_inf, uncounted = True, 0
+
+        def step(self, closure=None):
+            told, self.found_inf = self.found_inf, None
+            if not told:
+                super().step(closure)
+            self.found_inf = told
+
+        def uncount(self):
+            self.uncounted += 1
+
+    guard, step, model = make(action="skip")
+    optimizer = Counting(model.parameters(), lr=0.1)
+    step(GOOD, optimizer=optimizer)
+    weight = model.weight.clone()
+    step(BAD, optimizer=optimizer)
+    assert (guard.skipped, optimizer.uncounted) == (1, 1)
+    assert torch.equal(model.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "kind", ["not fused", "scaled", "of a checkpoint that was not fused", "one group not fused", "with momentum"]
+)
 def test_an_optimizer_that_cannot_be_told_is_not(kind):
     guard, step, model = make(1024.0 if kind == "scaled" else None, action="skip")
     optimizer = torch.optim.AdamW(model.parameters(), fused=kind != "not fused")
     if kind == "of a checkpoint that was not fused":
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    if kind == "one group not fused":
+        model.register_parameter("other", nn.Parameter(torch.ones(2)))
+        optimizer.add_param_group({"params": [model.other], "fused": False})
     if kind == "with momentum":
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)
     seen = []
