@@ -67,12 +67,15 @@ def greedy_tokens(tokens: tuple[int, int] | None) -> str:
     return f", the first {tokens[1]} of {tokens[0]} greedy tokens are the same" if tokens is not None else ""
 
 
-def sample_inputs(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One short fixed sequence of token ids, the same on every machine."""
+def sample_inputs(base: PreTrainedModel) -> dict[str, Any]:
+    """One short fixed sequence of token ids, the same on every machine; arguments of the model's forward."""
     vocabulary = base.config.get_text_config().vocab_size
     limit = max(2, min(_ID_LIMIT, vocabulary))
     ids = torch.tensor([[(7 * i * i + 3 * i + 1) % limit for i in range(_TOKENS)]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.can_generate():
+        # Where every layer keeps a state, transformers' cache cannot tell its length.
+        inputs["use_cache"] = False
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, : _TOKENS // 2]
     return inputs
@@ -90,11 +93,16 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training[name]
 
 
-def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (fp32, on the CPU) of ``model`` in evaluation mode; its training state stays as it was."""
+def _at_home(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs on the device where ``model`` takes them."""
     device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Logits (fp32, on the CPU) of ``model`` in evaluation mode; its training state stays as it was."""
     with _evaluation(model):
-        outputs: Any = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        outputs: Any = model(**_at_home(model, inputs))
     logits = getattr(outputs, "logits", None)
     return (outputs[0] if logits is None else logits).float().cpu()
 
@@ -121,28 +129,21 @@ def _choices(logits: torch.Tensor, banned: list[int]) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def continued(model: nn.Module, base: PreTrainedModel) -> dict[str, torch.Tensor]:
+def continued(model: nn.Module, base: PreTrainedModel) -> dict[str, Any]:
     """The fixed sequence, continued greedily by ``model``.
 
     Args:
         model: A model that generates.
         base: The transformers model that is meant, or another of its kind.
     """
-    inputs, banned = sample_inputs(base), _placeholders(base)
-    device = next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    inputs, banned = _at_home(model, sample_inputs(base)), _placeholders(base)
     name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    inputs = {key: tensor.to(device) for key, tensor in inputs.items()}
-    cache: dict[str, Any] = {}
     with _evaluation(model):
         for _ in range(_GREEDY):
-            step = inputs | {name: inputs[name][:, -1:] if cache else inputs[name]}
-            outputs: Any = model(**step, **cache, use_cache=True)
-            choice = _choices(outputs.logits[:, -1:], banned)
-            inputs[name] = torch.cat([inputs[name], choice], dim=1)
+            outputs: Any = model(**inputs)
+            inputs[name] = torch.cat([inputs[name], _choices(outputs.logits[:, -1:], banned)], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            past = getattr(outputs, "past_key_values", None)
-            cache = {"past_key_values": past} if past is not None else {}
-    return {key: tensor.cpu() for key, tensor in inputs.items()}
+    return inputs
 
 
 @dataclass(frozen=True, slots=True)

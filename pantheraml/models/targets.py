@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from .. import log
-from ..errors import ArgumentError, ConfigError, ConflictError, nearest
+from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError, nearest
 from . import stacks
+from .probe import FOREIGN_ERRORS, stand_in
 
 # A projection that some families store fused under another name.
 _FUSED_NAMES = {
@@ -28,9 +33,9 @@ _EXPERT_LEAVES = {
     "up_proj": ("gate_up_proj", "up_proj", "w3"),
     "down_proj": ("down_proj", "w2"),
 }
-# Families whose state space kernels read these layers' weights directly, so that PEFT refuses adapters on them.
-_MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-_MAMBA_LEAVES = frozenset({"out_proj", "conv1d"})
+# Code that hands a child's weight to a function or multiplies by it, instead of calling the child.
+_READ_WEIGHT = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight(?=\s*(?:,|\)|@))")
+_INITIALISES = ("__init__", "_init", "init_", "_reset", "reset_")
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -106,6 +111,67 @@ def adapted_modules(model: nn.Module) -> frozenset[str]:
     )
 
 
+@functools.cache
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose weights a class's own code reads, as fused kernels of state spaces do."""
+    names: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and not name.startswith(_INITIALISES):
+                try:
+                    names.update(_READ_WEIGHT.findall(inspect.getsource(method)))
+                except (OSError, TypeError):  # made at run time, without a file
+                    continue
+    return frozenset(names)
+
+
+def passed_over(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the linear layers ``names`` whose weights the family's code reads: it leaves an adapter on them out."""
+    modules = {_plain(path): module for path, module in model.named_modules()}
+    return [name for name in names if _leaf(name) in _weights_read(type(modules[name.rpartition(".")[0]]))]
+
+
+def _maps_rows(module: nn.Module) -> bool:
+    """Whether a linear layer that a family wrote itself gives ``[..., out_features]`` for ``[..., in_features]``."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    if type(weight) is not nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return True  # a packed format's layer: PEFT knows it, or says that it does not
+    meta = {name: None if p is None else torch.empty_like(p, device="meta") for name, p in module._parameters.items()}
+    clone: Any = stand_in(module, meta, {})
+    rows = torch.empty(2, 3, module.in_features, dtype=weight.dtype, device="meta")
+    try:
+        output = type(module).forward(clone, rows)
+    except FOREIGN_ERRORS:
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, 3, module.out_features)
+
+
+def odd_layers(model: nn.Module) -> list[str]:
+    """Names of linear layers that compute something else than a product with the weight, such as one for each group."""
+    return [_plain(path) for path, module in model.named_modules() if not _maps_rows(module)]
+
+
+def _check_chosen(model: nn.Module, matched: Iterable[str]) -> None:
+    """Refuse layers that an adapter does not fit, and tell those on which it has no effect."""
+    matched = list(matched)
+    odd = sorted(set(odd_layers(model)) & set(matched))
+    if odd:
+        raise UnsupportedError(
+            f"LoRA does not fit {odd[0]}" + (f" and {len(odd) - 1} more layers" if odd[1:] else ""),
+            where="argument target_modules",
+            why=f"{type(model.get_submodule(odd[0])).__name__} is no plain product with its weight",
+            hint=f"leave {', '.join(sorted({_leaf(name) for name in odd}))} out, or pass target_modules='all-linear'",
+        )
+    unused = sorted({_leaf(name) for name in passed_over(model, matched)})
+    if unused:
+        log.warning(
+            f"target_modules: {', '.join(unused)}: {type(model).__name__} reads the weights of these layers itself in "
+            "some or all of its calls, and an adapter on them has no effect there"
+        )
+
+
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
@@ -165,10 +231,6 @@ def _expert_parameters(model: nn.Module) -> list[str]:
 def _plain(path: str) -> str:
     """The name of a module as it is without adapters."""
     return re.sub(r"\.base_layer(?=\.|$)", "", path)
-
-
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _reach_others(model: nn.Module, suffixes: Iterable[str]) -> bool:
@@ -258,6 +320,7 @@ def resolve_targets(
     Raises:
         ConfigError: nothing matches; the candidates are named.
         ConflictError: a regular expression together with a choice of layers.
+        UnsupportedError: a layer that is named computes something that LoRA does not fit.
         ArgumentError: ``wanted`` has the wrong type.
     """
     linears = linear_modules(model)
@@ -265,8 +328,10 @@ def resolve_targets(
         return _by_expression(model, wanted, linears, scopes, layers, explicit_parameters)
     if wanted is None or wanted == "all-linear":
         scopes = EVERYTHING if wanted == "all-linear" else scopes
-        excluded = _EXCLUDED_LEAVES | (_MAMBA_LEAVES if _model_type(model) in _MAMBA_TYPES else frozenset())
-        names = [name for name in linears if _leaf(name) not in excluded and scopes.allow(name)]
+        unfit = {*passed_over(model, linears), *odd_layers(model)}
+        names = [
+            name for name in linears if _leaf(name) not in _EXCLUDED_LEAVES and name not in unfit and scopes.allow(name)
+        ]
         asked = None
         suffixes = sorted({_leaf(name) for name in names})
         reach = [name for name in linears if _leaf(name) in suffixes]
@@ -299,6 +364,7 @@ def resolve_targets(
         pattern = re.compile(rf"\.{re.escape(layers_pattern)}\.(\d+)\.") if layers_pattern else _LAYER_INDEX
         found = {name: pattern.search(f".{name}.") for name in names}
         matched = [name for name, hit in found.items() if hit and int(hit.group(1)) in native_layers]
+    _check_chosen(model, matched)
     return Targets(list(modules), frozenset(matched), parameters, native_layers)
 
 
@@ -334,5 +400,6 @@ def _by_expression(
             if named
             else f"it must match whole names such as {linears[0]!r}; candidates: {', '.join(leaves)}",
         )
+    _check_chosen(model, matched)
     chosen = list(explicit_parameters) if explicit_parameters is not None else parameters
     return Targets(expression, frozenset(matched), chosen, None)

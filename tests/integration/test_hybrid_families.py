@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tiny
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel
+from pantheraml.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -23,6 +25,7 @@ GRANITE = {**MAMBA2, "layer_types": ["mamba", "attention"], "shared_intermediate
 FAMILIES = {
     "bamba": {**MAMBA2, "attn_layer_indices": [1]},
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 128},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 64},
     "granitemoehybrid": {**MOE, **GRANITE, "num_local_experts": 4},
     "granitemoehybrid-dense": {**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
     "jamba": {
@@ -41,16 +44,26 @@ FAMILIES = {
     "qwen3_next": QWEN_MOE,
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
 }  # fmt: skip
+DEEPSEEK_V4 = {
+    **MOE, "n_routed_experts": 4, "moe_intermediate_size": 64, "head_dim": 16, "q_lora_rank": 64, "o_lora_rank": 32,
+    "o_groups": 2, "qk_rope_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
+    "sliding_window": 16,
+}  # fmt: skip
+# No layer of this one attends, so that stock has no cache for it: it trains, and does not generate.
+STATES_ALONE = "qwen3_5_text-states"
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def built(family):
     """A small model of a family, in evaluation."""
-    model = make_tiny(family.partition("-")[0], **FAMILIES[family])
+    settings = {**FAMILIES, STATES_ALONE: {**LINEAR, "layer_types": ["linear_attention"] * 2}}[family]
+    model = make_tiny(family.partition("-")[0], **settings)
     with torch.no_grad():
         for parameter in model.parameters():
             # Families start many weights at zero or one, which would hide an error.
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        # As loading leaves it.
+        model.get_input_embeddings().weight[model.config.pad_token_id] = 0
     return model.eval()
 
 
@@ -91,3 +104,90 @@ def test_loaded_as_by_transformers(folders, family):
     due = stock(folders(family))
     assert model.config.to_dict() == due.config.to_dict()
     torch.testing.assert_close(logits(model), logits(due), rtol=1e-5, atol=1e-5)
+
+
+def adapted(folder, **options):
+    """A loaded model with LoRA on the family's linear layers and experts, none of it at zero, and its tokenizer."""
+    model, tokenizer = load(folder, **options)
+    model = FastLanguageModel.get_peft_model(
+        model, r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, use_gradient_checkpointing=False
+    )
+    return model, tokenizer
+
+
+def twin(folder, model):
+    """The same model with the same adapter by PEFT alone."""
+    config = model.peft_config["default"]
+    names = "r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"
+    other = get_peft_model(stock(folder), LoraConfig(**{name: getattr(config, name) for name in names}))
+    adapter = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    assert adapter.keys() == {name for name, _ in other.named_parameters() if ".lora_" in name}
+    assert not other.load_state_dict(adapter, strict=False).unexpected_keys
+    return other
+
+
+def step(model):
+    model.train()
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss + 0
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@each_family
+def test_a_step_and_tokens_are_those_of_peft_alone(folders, family):
+    model, _ = adapted(folders(family))
+    other = twin(folders(family), model)
+    (loss, gradients), (due_loss, due_gradients) = step(model), step(other)
+    torch.testing.assert_close(loss, due_loss, rtol=2e-6, atol=2e-6)
+    # Nothing is trained that the family's code leaves out.
+    assert gradients.keys() == due_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, due in due_gradients.items():
+        assert (gradients[name] - due).norm() <= 1e-4 * due.norm() + 1e-8, name
+    FastLanguageModel.for_inference(model)
+    other.eval()
+    ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, :1] = 0
+    ids[mask == 0] = model.config.pad_token_id
+    for rows in slice(1), slice(3):
+        request = {"input_ids": ids[rows], "attention_mask": mask[rows], "min_new_tokens": 12, "max_new_tokens": 12}
+        request |= {"do_sample": False, "eos_token_id": 1, "pad_token_id": 2}
+        assert torch.equal(model.generate(**request), other.generate(**request))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, STATES_ALONE])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_merged_as_trained(folders, family, bits, tmp_path):
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+    model, tokenizer = adapted(folders(family), load_in_4bit=bits == 4)
+    report = model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, save_method="merged_16bit")
+    assert report is None or report.verification.method == "reload"
+    model.eval()
+    due, got = logits(model), logits(load(str(tmp_path / "merged"))[0])
+    assert torch.equal(got, logits(stock(tmp_path / "merged")))
+    # In 4 bits the merge takes the error of quantisation out of the model.
+    assert (got - due).norm() <= (2e-5 if bits == 16 else 0.8) * due.norm()
+
+
+def test_layers_are_told_whose_weights_the_family_reads_itself(folders, caplog):
+    model, _ = adapted(folders("jamba"))
+    assert not any("dt_proj" in name for name in model.peft_config["default"].target_modules)
+    model, _ = load(folders("jamba"))
+    model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "dt_proj"])
+    assert "dt_proj: JambaForCausalLM reads the weights of these layers itself" in caplog.text
+    assert any("dt_proj.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_layers_that_lora_does_not_fit_are_left_out_or_refused():
+    # Its output projection has a weight for each group of heads, which PEFT takes for one large layer.
+    model = make_tiny("deepseek_v4", **DEEPSEEK_V4)
+    with pytest.raises(UnsupportedError, match=r"LoRA does not fit .*o_a_proj"):
+        FastLanguageModel.get_peft_model(model, target_modules=["o_a_proj", "o_b_proj"])
+    with pytest.raises(UnsupportedError, match=r"LoRA does not fit .*o_a_proj"):
+        FastLanguageModel.get_peft_model(model, target_modules=r".*self_attn\.o_[ab]_proj")
+    model = FastLanguageModel.get_peft_model(model, target_modules="all-linear", use_gradient_checkpointing=False)
+    trained = {name for name in step(model)[1] if "lora_B" in name}
+    assert any("o_b_proj" in name for name in trained)
+    assert not any("o_a_proj" in name for name in trained)
