@@ -237,8 +237,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         self._stacks: set[str] = set()
         self._order: dict[str, tuple[str, ...]] = {}
         self._files: Sequence[str] = ()
-        # Conversions that were replaced by others, by the address of these.
-        self._replaced: dict[int, WeightConverter] = {}
+        # Conversions that were replaced by others, by these.
+        self._replaced: dict[WeightConverter, WeightConverter] = {}
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **options: Any) -> None:
         """Put 4-bit layers into a model that is about to be loaded."""
@@ -311,7 +311,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         for scope in ("scope_prefix", "base_model_prefix"):
             if hasattr(conversion, scope):
                 setattr(replaced, scope, getattr(conversion, scope))
-        self._replaced[id(replaced)] = conversion
+        self._replaced[replaced] = conversion
         return replaced
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -333,7 +333,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
                 due = [name for name in self._order.get(path, ()) if name in lists]
                 lists._modules = {name: lists._modules[name] for name in due}
         packed = [f"{path}.{name}" for path, module in model.named_modules() for name in stacks.four_bit(module)]
-        used = [self._replaced.get(id(conversion), conversion) for conversion in model._weight_conversions or ()]
+        used = [self._replaced.get(conversion, conversion) for conversion in model._weight_conversions or ()]
         dense = [conversion for conversion in used if not _reads_4_bits(conversion)]
         object.__setattr__(model, stacks.DENSE_CONVERSIONS, dense)
         # What lies in 4 bits is saved as it is.
