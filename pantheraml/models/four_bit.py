@@ -6,6 +6,7 @@ time, and only its 4-bit form stays. The quantiser is registered under a name of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,13 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import log
 from ..errors import CheckpointError, UnsupportedError
 from ..kernels import nf4_dequantize
 from ..kernels.reference.nf4 import Quantized4Bit
 from . import stacks
 from .roles import looks_like_experts
+from .targets import linear_modules, passed_over
 
 METHOD = "pantheraml_bitsandbytes_4bit"
 # bitsandbytes counts the numbers of a weight in 32 bits.
@@ -255,7 +258,19 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
                 return
         super()._convert_model_for_quantization(model)
 
+    def _leave_out_what_is_read(self, model: Any) -> None:
+        """Skip the layers whose weights the family's code reads as they lie, and let the model's settings say so."""
+        read = {".".join(name.split(".")[-2:]) for name in passed_over(model, linear_modules(model))}
+        if self.pre_quantized or not read:
+            return
+        settings = copy.copy(self.quantization_config)
+        skipped = self.get_modules_to_not_convert(model, settings.llm_int8_skip_modules)
+        settings.llm_int8_skip_modules = sorted({*skipped, *read})
+        self.quantization_config = settings
+        log.once(f"4 bit: {type(model).__name__} reads the weights of {', '.join(sorted(read))}: they stay in 16 bit")
+
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
+        self._leave_out_what_is_read(model)
         super()._process_model_before_weight_loading(model, device_map, **options)
         for path, module in model.named_modules():
             if not looks_like_experts(module):

@@ -20,6 +20,7 @@ from .. import log
 from ..errors import UnsupportedError
 from ..kernels.fp8 import MATMUL_MULTIPLE
 from .layers.fp8 import Fp8Linear
+from .targets import linear_modules, passed_over
 
 METHOD = "pantheraml_fp8"
 
@@ -97,6 +98,7 @@ class Fp8LoadingQuantizer(HfQuantizer):
         skipped = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
+        skipped += passed_over(model, linear_modules(model))
         converted, odd = replace_linears(model, config, skipped)
         if not converted:
             raise UnsupportedError(

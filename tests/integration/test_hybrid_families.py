@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel
 from pantheraml.errors import UnsupportedError
+from pantheraml.models.quantize import keep_weights_unpacked
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -32,6 +33,7 @@ FAMILIES = {
         **MOE, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 8, "time_step_rank": 64},
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 8, "chunk_size": 8},
     "nemotron_h": {
         **MOE, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
@@ -178,6 +180,30 @@ def test_layers_are_told_whose_weights_the_family_reads_itself(folders, caplog):
     model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "dt_proj"])
     assert "dt_proj: JambaForCausalLM reads the weights of these layers itself" in caplog.text
     assert any("dt_proj.lora_A" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "read"), [("bamba", {"mamba.out_proj"}), ("mamba", {"mixer.dt_proj", "mixer.out_proj", "mixer.x_proj"})]
+)
+def test_weights_that_the_family_reads_itself_stay_out_of_4_bits(folders, family, read, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    model, tokenizer = load(folders(family), load_in_4bit=True)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            assert isinstance(module, bnb.nn.Linear4bit) != (".".join(name.split(".")[-2:]) in read), name
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(str(tmp_path), load_in_4bit=True)[0]), logits(model))
+    again = stock(tmp_path)
+    keep_weights_unpacked(again)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_weights_that_the_family_reads_itself_stay_out_of_fp8(folders):
+    model, _ = load(folders("mamba"), load_in_fp8=True, dtype=torch.bfloat16)
+    due = logits(stock(folders("mamba")))
+    assert (logits(model) - due).norm() < 0.1 * due.norm()
+    assert "float8" in str(model.backbone.layers[0].mixer.in_proj.weight.dtype)
 
 
 def test_layers_that_lora_does_not_fit_are_left_out_or_refused():
