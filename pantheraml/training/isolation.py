@@ -1,4 +1,4 @@
-"""Whether packed documents see one another: measured on the model, whatever attention it uses."""
+"""Whether packed documents see one another: measured on the model, whatever attention or states it uses."""
 
 from __future__ import annotations
 
@@ -18,40 +18,85 @@ _LENGTH = 6
 
 
 def check_isolation(trainer: Any) -> None:
-    """Run two packed documents twice, changing the first: the outputs of the second must not move but for rounding.
+    """Refuse a model that lets packed documents read one another, or does not take them.
 
     Args:
         trainer: A TRL trainer whose collator joins documents into one row.
 
     Raises:
-        UnsupportedError: the model lets a document read the one before it.
+        UnsupportedError: it does not keep documents apart.
     """
     if not is_measurable(trainer.model):
         return
+    why = _reading(trainer)
+    if why is not None:
+        raise UnsupportedError(
+            "this model does not keep packed documents apart",
+            where="argument packing" if trainer.args.packing else "argument padding_free",
+            why=why,
+            hint="pass packing=False and padding_free=False; where it is attention that reads, load the model with "
+            "another attn_implementation",
+        )
+
+
+def _reading(trainer: Any) -> str | None:
+    """How the second of two packed documents is seen to read the first, or what the model says; None where all is well.
+
+    Families whose layers keep states say that they need a kernel for it, or carry the state on.
+    """
+    try:
+        gradient = None if is_sharded(trainer.model) else _gradient_of_first(trainer)
+    except ValueError as error:
+        return str(error)
+    if gradient is not None:
+        return f"the outputs of one document have a gradient of {gradient:.3g} in the one before" if gradient else None
     first, other, second = _documents(trainer)
-    with evaluating(trainer.model):
+    with evaluating(trainer.model), torch.no_grad():
         outputs = [_last_document(trainer, [document, second]) for document in (first, other)]
     moved = (outputs[0] - outputs[1]).abs().max()
     eps = torch.finfo(outputs[0].dtype).eps
     # Experts that get another number of tokens add up in another order. What is read moves half of the digits and more.
     experts = any(looks_like_experts(module) for module in trainer.model.modules())
     allowed = (math.sqrt(eps) if experts else 2 * eps) * outputs[0].abs().max()
-    if not moved <= allowed:
-        raise UnsupportedError(
-            "this model's attention lets packed documents read one another",
-            where="argument packing" if trainer.args.packing else "argument padding_free",
-            why=f"changing one document moved the outputs of the next by {float(moved):.3g}",
-            hint="pass packing=False and padding_free=False, or load the model with another attn_implementation",
-        )
+    return None if moved <= allowed else f"changing one document moved the outputs of the next by {float(moved):.3g}"
+
+
+def _gradient_of_first(trainer: Any) -> float | None:
+    """Largest gradient that outputs of a second document have in a first: 0 in every dtype where nothing is read.
+
+    None where the model makes its outputs of something besides its input embeddings, or has no gradient in them.
+    """
+    first, _, second = _documents(trainer)
+    seen: list[torch.Tensor] = []
+
+    def start(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    handle = trainer.model.get_input_embeddings().register_forward_hook(start)
+    try:
+        with evaluating(trainer.model), torch.enable_grad():
+            output = _last_document(trainer, [first, second])
+            if len(seen) != 1 or seen[0].dim() != 3 or seen[0].shape[:2] != (1, 2 * _LENGTH):
+                return None
+            weights = torch.linspace(-1, 1, output.shape[-1], device=output.device)
+            (gradient,) = torch.autograd.grad((output.float() * weights).sum(), seen, allow_unused=True)
+    finally:
+        handle.remove()
+    if gradient is None or not gradient[:, _LENGTH:].any():
+        return None
+    return float(gradient[:, :_LENGTH].abs().max())
 
 
 def is_like_alone(trainer: Any) -> bool:
     """Whether a document that is packed after another gives what it gives alone, up to rounding.
 
-    It does not where the model counts positions by itself, or where the attention lets documents read one another.
+    It does not where the model counts positions by itself, or lets documents read one another.
     """
+    if _reading(trainer) is not None:
+        return False
     first, _, second = _documents(trainer)
-    with evaluating(trainer.model):
+    with evaluating(trainer.model), torch.no_grad():
         packed, alone = (_last_document(trainer, documents) for documents in ([first, second], [second]))
     return bool((packed - alone).abs().max() <= tolerance(trainer) * alone.abs().max())
 
@@ -105,5 +150,5 @@ def _last_document(trainer: Any, documents: list[list[int]]) -> torch.Tensor:
     inputs.pop("labels")
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
     mixed = torch.autocast(device.type, dtype, enabled=bool(trainer.args.bf16 or trainer.args.fp16))
-    with torch.no_grad(), mixed:
+    with mixed:
         return trainer.model(**inputs, use_cache=False).logits[0, len(joined) - len(documents[-1]) : len(joined)]

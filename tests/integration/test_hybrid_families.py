@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from peft import LoraConfig, get_peft_model
+from training_support import texts
 from transformers import AutoModelForCausalLM
 
 from pantheraml import FastLanguageModel
@@ -61,6 +62,10 @@ FAMILIES = {
         "indexer_budget": 16, "indexer_compress_ratio": 4, "ple_layer_ids": [], "ple_embed_dim": 64,
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 8,
+        "mamba_dt_rank": 64, "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], "mamba_headdim": 32,
         "n_mamba_heads": 4, "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8, "attention_hidden_size": 128,
@@ -239,3 +244,21 @@ def test_layers_that_lora_does_not_fit_are_left_out_or_refused():
     trained = {name for name in step(model)[1] if "lora_B" in name}
     assert any("o_b_proj" in name for name in trained)
     assert not any("o_a_proj" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_5_text", "minimax", "recurrent_gemma", "zamba"])
+def test_documents_that_would_share_a_state_are_not_joined(folders, family, tmp_path):
+    """Not even in bfloat16, whose rounding may be more than what is read."""
+    from trl import SFTConfig, SFTTrainer
+
+    def trainer(**options):
+        model, tokenizer = adapted(folders(family), dtype=torch.bfloat16)
+        settings = {"per_device_train_batch_size": 4, "max_steps": 1, "save_strategy": "no", "report_to": "none"}
+        args = SFTConfig(output_dir=str(tmp_path), max_length=64, bf16=False, **settings, **options)
+        return SFTTrainer(model=model, args=args, train_dataset=texts(8), processing_class=tokenizer)
+
+    assert not trainer().data_collator.padding_free
+    for options in {"packing": True}, {"padding_free": True}:
+        with pytest.raises(UnsupportedError, match="does not keep packed documents apart") as caught:
+            trainer(**options)
+        assert ("causal_conv1d" in caught.value.why) == (family in ("falcon_h1", "lfm2", "qwen3_5_text", "zamba"))

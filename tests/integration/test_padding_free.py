@@ -131,7 +131,7 @@ def test_joining_on_request_is_refused_where_documents_would_mix(tmp_path, tiny_
     model = model_of()
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: output + output.cumsum(1) / 100)
     assert not trainer_of(tmp_path, tiny_tokenizer, model).padding_free
-    with pytest.raises(UnsupportedError, match="packed documents read one another"):
+    with pytest.raises(UnsupportedError, match="does not keep packed documents apart"):
         trainer_of(tmp_path, tiny_tokenizer, model, options={"padding_free": True})
 
 

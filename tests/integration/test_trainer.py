@@ -197,7 +197,7 @@ def test_a_model_that_mixes_packed_documents_is_refused(tmp_path, tiny_tokenizer
     model = panthera_model()
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_hook(lambda module, inputs, output: output + output.cumsum(1) / 100)
-    with pytest.raises(UnsupportedError, match="packed documents read one another"):
+    with pytest.raises(UnsupportedError, match="does not keep packed documents apart"):
         sft(tmp_path, tiny_tokenizer, model, packing=True)
 
 
