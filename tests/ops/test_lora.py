@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pantheraml.errors import ConfigError, UnsupportedError
+from pantheraml.kernels import low_rank
 from pantheraml.kernels import projections as projections_module
 from pantheraml.kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 from pantheraml.kernels.nf4 import Quantized4Bit
@@ -229,6 +230,38 @@ def test_qkv_with_unused_outputs(used):
         wanted = [tensors[name] for name in grad if name == "x" or name.startswith(str(used))]
         results.append(torch.autograd.grad(y.square().sum(), wanted))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "kind", ["alike", "biases", "other rank", "other scaling", "frozen B", "other strides", "unused output"]
+)
+def test_projections_of_one_input_by_kernels(kind, device, monkeypatch):
+    """Projections that are alike share launches; what sets one apart shows in its results."""
+    inputs, grad = several((16, 8, 8), (WIDTH,) * 3, bias=kind == "biases")
+    if kind == "other rank":
+        inputs |= {"1A": random(2, WIDTH, seed=8), "1B": random(8, 2, seed=9)}
+    scalings = (SCALING, 0.3 if kind == "other scaling" else SCALING, SCALING)
+    frozen = {"frozen B": ("1B",), "unused output": ("1A", "1B")}.get(kind, ())
+
+    def call(backend):
+        def run(x, **t):
+            if kind == "other strides":
+                t["1B"] = t["1B"].t().contiguous().t()
+            q, k, v = (
+                Projection(t[f"{i}W"], [Adapter(t[f"{i}A"], t[f"{i}B"], scaling)], t.get(f"{i}b"))
+                for i, scaling in enumerate(scalings)
+            )
+            outputs = lora_qkv(x, q, k, v, backend=backend)
+            return outputs[::2] if kind == "unused output" else outputs
+
+        return run
+
+    shared = []
+    gradients = low_rank.gradients
+    monkeypatch.setattr(low_rank, "gradients", lambda dys, *a, **o: shared.append(len(dys)) or gradients(dys, *a, **o))
+    grad = tuple(name for name in grad if name not in frozen)
+    assert_matches(call("triton"), call("reference"), inputs, dtype=torch.float16, device=device, grad=grad)
+    assert (3 in shared) == (kind in ("alike", "biases"))
 
 
 @DTYPE
