@@ -27,7 +27,7 @@ LOAD_IN_4BIT_DEFAULT: bool = _Default(1)  # type: ignore[assignment]
 # Linear layers of a mixture of experts that stay in the compute dtype: small, and routing is sensitive to their error.
 # A list given to bitsandbytes replaces its own, so the head is named too; without experts its own list is right.
 _SKIPPED_WITH_EXPERTS = ["lm_head", "router", ".gate", "shared_expert_gate", "score", "classifier"]
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # Formats that ship quantised for serving and are unpacked to 16 bit for training.
 _UNPACKED = {"mxfp4": "Mxfp4Config"}
@@ -336,7 +336,7 @@ def resolve_quantization(
     if existing is not None:
         return _from_checkpoint(existing, flags, name=name, dtype=dtype, device=device)
     text = config.get_text_config()
-    skip = list(_SKIPPED_WITH_EXPERTS) if any(getattr(text, count, None) for count in _EXPERT_COUNTS) else None
+    skip = list(_SKIPPED_WITH_EXPERTS) if any(getattr(text, count, None) for count in EXPERT_COUNTS) else None
     return _from_flags(flags, name=name, dtype=dtype, device=device, skip=skip)
 
 

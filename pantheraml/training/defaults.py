@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from .. import log
 from ..device import Device, get_device, is_installed, require
 from ..errors import ArgumentError
+from ..models.quantize import EXPERT_COUNTS
 from ..models.record import ModelRecord
 
 OUTPUT_DIR = "pantheraml_training_checkpoints"
@@ -120,6 +121,16 @@ def apply_defaults(args: Any, model: torch.nn.Module, record: ModelRecord, expli
     _settle_precision(args, model, record, explicit)
     if "max_length" in options:
         _settle_length(args, record, explicit)
+    if "router_aux_loss_coef" in options:
+        _settle_balance(args, model, explicit)
+
+
+def _settle_balance(args: Any, model: Any, explicit: frozenset[str]) -> None:
+    """Ask for no balance between experts of a model that has none, of a family that may have some; TRL always would."""
+    text = model.config.get_text_config()
+    counts = [getattr(text, name) for name in EXPERT_COUNTS if hasattr(text, name)]
+    if counts and not any(counts) and "router_aux_loss_coef" not in explicit:
+        args.router_aux_loss_coef = 0.0
 
 
 def _settle_optimizer(args: Any, explicit: frozenset[str]) -> None:

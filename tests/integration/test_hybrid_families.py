@@ -246,19 +246,32 @@ def test_layers_that_lora_does_not_fit_are_left_out_or_refused():
     assert not any("o_a_proj" in name for name in trained)
 
 
-@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_5_text", "minimax", "recurrent_gemma", "zamba"])
-def test_documents_that_would_share_a_state_are_not_joined(folders, family, tmp_path):
-    """Not even in bfloat16, whose rounding may be more than what is read."""
+@pytest.fixture
+def trainer(folders, tmp_path):
+    """Makes a trainer of TRL for a family."""
     from trl import SFTConfig, SFTTrainer
 
-    def trainer(**options):
-        model, tokenizer = adapted(folders(family), dtype=torch.bfloat16)
-        settings = {"per_device_train_batch_size": 4, "max_steps": 1, "save_strategy": "no", "report_to": "none"}
+    def make(family, *, dtype=torch.float32, **options):
+        model, tokenizer = adapted(folders(family), dtype=dtype)
+        settings = {"per_device_train_batch_size": 4, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
         args = SFTConfig(output_dir=str(tmp_path), max_length=64, bf16=False, **settings, **options)
         return SFTTrainer(model=model, args=args, train_dataset=texts(8), processing_class=tokenizer)
 
-    assert not trainer().data_collator.padding_free
+    return make
+
+
+def test_a_family_of_mixtures_trains_without_experts(trainer):
+    made = trainer("granitemoehybrid-dense")
+    made.train()
+    assert made.state.log_history[0]["loss"] > 0
+    assert trainer("granitemoehybrid").router_aux_loss_coef > 0
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_5_text", "minimax", "recurrent_gemma", "zamba"])
+def test_documents_that_would_share_a_state_are_not_joined(trainer, family):
+    """Not even in bfloat16, whose rounding may be more than what is read."""
+    assert not trainer(family, dtype=torch.bfloat16).data_collator.padding_free
     for options in {"packing": True}, {"padding_free": True}:
         with pytest.raises(UnsupportedError, match="does not keep packed documents apart") as caught:
-            trainer(**options)
+            trainer(family, dtype=torch.bfloat16, **options)
         assert ("causal_conv1d" in caught.value.why) == (family in ("falcon_h1", "lfm2", "qwen3_5_text", "zamba"))
