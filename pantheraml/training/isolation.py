@@ -14,7 +14,8 @@ from ..errors import UnsupportedError
 from ..models.roles import looks_like_experts
 from ..parallel.fsdp import is_sharded
 
-_LENGTH = 6
+# Of each document: two make 16 rows, for which kernels are compiled as for those of training.
+_LENGTH = 8
 
 
 def check_isolation(trainer: Any) -> None:
