@@ -300,6 +300,20 @@ def test_a_copy_computes_the_same(folders):
     torch.testing.assert_close(logits(twin), due)
 
 
+def test_stacks_are_read_where_they_have_moved_to(folders):
+    model = load(folders("qwen3_moe"))
+    module = experts_of(model)[0]
+    entry = stacks.four_bit(module)["down_proj"]
+    before = stacks.held(module, "down_proj")
+    assert stacks.held(module, "down_proj") is before
+    entry.original.data = entry.original.data.clone()
+    assert stacks.held(module, "down_proj").packed.data_ptr() == entry.original.data_ptr() != before.packed.data_ptr()
+    # Another device, of which this machine has none but the one without memory.
+    module.to("meta")
+    moved = stacks.held(module, "down_proj")
+    assert {moved.packed.device.type, moved.absmax.device.type, moved.nested_absmax.device.type} == {"meta"}
+
+
 # ---------------------------------------------------------------- adapters
 
 
