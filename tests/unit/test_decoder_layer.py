@@ -216,6 +216,35 @@ def test_calls_that_the_node_does_not_cover_run_the_layer_itself(reason, calls):
     assert (reason == "a hook") == bool(seen)
 
 
+@pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
+def test_a_module_that_is_replaced_between_calls_is_noticed(name):
+    stock = with_lora(make_tiny("llama")).train()
+    ours, _ = adapted(stock)
+    step(ours)
+    for model in (stock, ours):
+        layer = model.get_base_model().model.layers[0]
+        module = copy.deepcopy(getattr(layer, name))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        setattr(layer, name, module)
+    assert_near_truth(step(ours), step(copy.deepcopy(stock)), truth_of(stock))
+
+
+def test_a_norm_that_is_wrapped_between_calls_is_trained():
+    stock = with_lora(make_tiny("llama")).train()
+    ours, _ = adapted(stock)
+    step(ours)
+    config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["input_layernorm"], task_type="CAUSAL_LM")
+    for model in (stock, ours):
+        torch.manual_seed(4)
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+    got = step(ours)
+    assert sum("modules_to_save" in name for name in got[1]) == 2
+    assert_near_truth(got, step(copy.deepcopy(stock)), truth_of(stock))
+
+
 def test_a_graph_can_be_gone_through_twice_when_asked():
     model, _ = adapted(with_lora(make_tiny("llama")))
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss

@@ -191,7 +191,7 @@ class _Parts:
         head_norms: As in ``Spec``.
         every: All norms, each once.
         linears: Children that project, in the order of ``decoder_layer``.
-        parents: For each of ``linears``, its parent and name, to notice that it was replaced.
+        places: Of each of these modules its parent's, its name there, and itself, to notice that it was replaced.
         quiet: Modules whose own forward is passed over, so that no hook of theirs may be.
         dropouts: Modules that the node leaves out, because they drop nothing.
     """
@@ -202,14 +202,14 @@ class _Parts:
     head_norms: tuple[Norm, Norm] | None
     every: tuple[Norm, ...]
     linears: list[Any]
-    parents: list[tuple[Any, str]]
+    places: list[tuple[Any, str, Any]]
     quiet: list[Any] = field(default_factory=list)
     dropouts: list[Any] = field(default_factory=list)
 
     def current(self) -> bool:
         """Whether the layer still holds these modules, with what ``adapt`` put into them and no hooks of others."""
         return (
-            all(parent[name] is linear for (parent, name), linear in zip(self.parents, self.linears))
+            all(modules[name] is module for modules, name, module in self.places)
             and all(_quiet(module) for module in self.quiet)
             and all(not dropout.p for dropout in self.dropouts)
         )
@@ -245,17 +245,22 @@ def parts_of(layer: Any) -> _Parts | None:
     head_norms = None
     if heads.norms is not None:
         head_norms = tuple(Norm.of(attention._modules[name]) for name in heads.norms)
-    parents = [(attention._modules, name) for name in (*heads.inputs, heads.output)]
-    parents += [(mlp._modules, name) for name in (glu.gate, glu.up, glu.down) if name is not None]
     every = tuple({id(norm): norm for norm in (*norms, *(head_norms or ())) if norm is not None}.values())
+    if any(norm.module._modules for norm in every):
+        # What PEFT has wrapped since: the wrapper's parameters are those of its children.
+        return None
+    linears = [(attention._modules, name) for name in (*heads.inputs, heads.output)]
+    linears += [(mlp._modules, name) for name in (glu.gate, glu.up, glu.down) if name is not None]
+    others = [(layer._modules, name) for name in (plan.attention, plan.mlp, *plan.norms) if name is not None]
+    others += [(attention._modules, name) for name in heads.norms or ()]
     parts = _Parts(
         attention,
         mlp,
         norms,  # type: ignore[arg-type]
         head_norms,  # type: ignore[arg-type]
         every,
-        [parent[name] for parent, name in parents],
-        parents,
+        [modules[name] for modules, name in linears],
+        [(modules, name, modules[name]) for modules, name in (*linears, *others)],
         [attention, mlp, *(norm.module for norm in every)],
         [module for module in layer._modules.values() if isinstance(module, nn.Dropout)],
     )
