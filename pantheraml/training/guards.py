@@ -98,10 +98,19 @@ class NonFiniteGuard(TrainerCallback):
             ready.record()
         self._told = _Told(optimizer, state.global_step + 1, facts, ready, gradients)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget a step that an error has cut off."""
+        self._take_back()
+        self._told = None
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What the optimizer was told is of this step alone."""
+        self._take_back()
+
+    def _take_back(self) -> None:
         if self._told is not None:
-            del self._told.optimizer.grad_scale, self._told.optimizer.found_inf
+            for name in ("grad_scale", "found_inf"):
+                vars(self._told.optimizer).pop(name, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the step that the optimizer made, or left out."""

@@ -115,6 +115,19 @@ def test_a_bad_step_that_the_optimizer_left_out_is_named_and_ends_training():
         step(GOOD, optimizer=optimizer)
 
 
+def test_a_step_that_an_error_cut_off_is_forgotten():
+    guard, step, model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    handle = optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        step(GOOD, optimizer=optimizer)
+    handle.remove()
+    guard.on_train_begin(None, None, None)
+    assert guard._told is None
+    assert not hasattr(optimizer, "found_inf")
+    step(GOOD, optimizer=optimizer)
+
+
 def test_an_optimizer_that_counts_on_the_host_is_told_what_it_left_out():
     class Counting(torch.optim.SGD):
         takes_found_inf, uncounted = True, 0
