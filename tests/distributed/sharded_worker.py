@@ -17,6 +17,7 @@ from runs import GLOBAL_BATCH, gathered_weights, losses_of, save_tiny, tiny_qlor
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from training_support import panthera_model
+from transformers import TrainerCallback
 
 from pantheraml import distributed
 from pantheraml.device import get_device
@@ -50,11 +51,18 @@ def _counted(*args, **keywords):
 decoder.decoder_layer = _counted
 
 
+class Counted(TrainerCallback):
+    """Counts the calls of training alone."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        CALLS["node"] = 0
+
+
 def run(name: str, *, fsdp: bool = True, folder: Path | None = None, **keywords) -> tuple[dict, object]:
     """One training; its gathered weights go to the file of weights."""
     options = {"max_steps": STEPS, "lr_scheduler_type": "constant"} | (SHARDED if fsdp else {})
     ranks = distributed.get_world_size()
-    CALLS["node"] = 0
+    keywords["callbacks"] = (*keywords.get("callbacks", ()), Counted())
     keywords["options"] = options | keywords.get("options", {})
     trainer, _ = train(folder or OUT / name, ranks=ranks, watched=False, **keywords)
     model, steps = trainer.model, trainer.state.global_step
