@@ -96,11 +96,23 @@ def _finish(module: Any, name: str) -> None:
     module._is_hf_initialized = True
 
 
-class _Quantize(ConversionOps):
-    """Turns a dense weight of a linear layer, or a dense stack, into 4 bits."""
+class _Operation(ConversionOps):
+    """A step of a conversion that the quantiser below asks for."""
 
     def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def held(self, given: dict[str, Any], model: Any, name: str, missing_keys: Any) -> dict[str, Any]:
+        """Put the dense stack that is given into the model, or give it back where it is to be skipped."""
+        if not self.hf_quantizer.takes(name):
+            return given
+        (stack,) = given.values()
+        self.hf_quantizer.hold(name, get_module_from_name(model, name)[0], _one(stack), missing_keys)
+        return {}
+
+
+class _Quantize(_Operation):
+    """Turns a dense weight of a linear layer, or a dense stack, into 4 bits."""
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **options: Any
@@ -117,11 +129,8 @@ class _Quantize(ConversionOps):
         return stock.convert(rest, model=model, missing_keys=missing_keys, **options) if rest else {}
 
 
-class _Deserialize(ConversionOps):
+class _Deserialize(_Operation):
     """Puts a stack that a checkpoint has in 4 bits into the model."""
-
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
         self,
@@ -132,14 +141,10 @@ class _Deserialize(ConversionOps):
         **_: Any,
     ) -> dict[str, Any]:
         """Stacks are put into the model, dense ones in 4 bits, unless they are to be skipped."""
+        if len(input_dict) == 1:
+            return self.held(input_dict, model, full_layer_name, missing_keys)
         tensors = {name: _one(value) for name, value in input_dict.items()}
         module, leaf = get_module_from_name(model, full_layer_name)
-        if len(tensors) == 1:
-            if not self.hf_quantizer.takes(full_layer_name):
-                return input_dict
-            (dense,) = tensors.values()
-            self.hf_quantizer.hold(full_layer_name, module, dense, missing_keys)
-            return {}
         (stack,) = (name for name in tensors if name.endswith(leaf))
         packed = tensors.pop(stack)
         described = {name[name.index(f"{leaf}.") + len(leaf) + 1 :]: tensor for name, tensor in tensors.items()}
@@ -151,11 +156,8 @@ class _Deserialize(ConversionOps):
         return {}
 
 
-class _Unpack(ConversionOps):
+class _Unpack(_Operation):
     """Makes the weights of single experts dense that a checkpoint has in 4 bits, each by itself."""
-
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
@@ -189,11 +191,8 @@ def _unpacked(weight: torch.Tensor, described: dict[str, torch.Tensor], dtype: t
     return nf4_dequantize(Quantized4Bit.from_quant_state(weight, state), dtype=dtype)
 
 
-class _Hold(ConversionOps):
+class _Hold(_Operation):
     """Takes a stack that was made of single experts into 4 bits."""
-
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]
         self,
@@ -204,13 +203,7 @@ class _Hold(ConversionOps):
         **_: Any,
     ) -> dict[str, Any]:
         """Stacks are put into the model, unless they are to be skipped."""
-        if not self.hf_quantizer.takes(full_layer_name):
-            return input_dict
-        (stack,) = input_dict.values()
-        self.hf_quantizer.hold(
-            full_layer_name, get_module_from_name(model, full_layer_name)[0], _one(stack), missing_keys
-        )
-        return {}
+        return self.held(input_dict, model, full_layer_name, missing_keys)
 
 
 def _one(value: Any) -> torch.Tensor:
@@ -251,7 +244,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
     def _convert_model_for_quantization(self, model: Any) -> None:
         # transformers takes the stacks of some families apart, as they were stored before they could be in 4 bits.
         leaves = {name for module in model.modules() if looks_like_experts(module) for name in stacks.shapes(module)}
-        for file in (file for file in self._files if file.endswith(".safetensors")):
+        for file in (file for file in self._files if leaves and file.endswith(".safetensors")):
             with safe_open(file, framework="pt") as opened:
                 stored = {name.removesuffix(".absmax").rpartition(".")[2] for name in opened.keys()}  # noqa: SIM118
             if leaves & stored:

@@ -134,8 +134,10 @@ def passed_over(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _maps_rows(module: nn.Module) -> bool:
     """Whether a linear layer that a family wrote itself gives ``[..., out_features]`` for ``[..., in_features]``."""
     weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or module._modules:
-        return True  # what has children, such as torchao's fake quantisers, is a plain layer made into another
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    if module._modules or module._buffers:
+        return True  # a plain layer made into another, such as torchao's with fake quantisers or one that clamps
     if type(weight) is not nn.Parameter or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return True  # a packed format's layer: PEFT knows it, or says that it does not
     meta = {name: None if p is None else torch.empty_like(p, device="meta") for name, p in module._parameters.items()}

@@ -13,7 +13,7 @@ import torch
 
 from .. import log, xla_runtime
 from ..errors import NonFiniteError
-from .guards import NonFiniteGuard
+from .guards import NonFiniteGuard, innermost
 
 
 class DeviceGuard(NonFiniteGuard):
@@ -28,8 +28,7 @@ class DeviceGuard(NonFiniteGuard):
         self._step = xla_runtime.upload(torch.tensor(state.global_step))
         self._stopped, self._bad, self._row, self._tokens = (xla_runtime.upload(torch.tensor(0)) for _ in range(4))
         self._discard: torch.Tensor | None = None
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = innermost(kwargs["optimizer"])
         if getattr(self, "_watched", None) is not optimizer:
             self._watched = optimizer
             optimizer.register_step_pre_hook(self._keep)

@@ -85,7 +85,7 @@ class NonFiniteGuard(TrainerCallback):
         model = kwargs["model"]
         loss, gradient = self._find_bad(model)
         facts = self._agree(loss, gradient, sum(self._watch.tokens))
-        optimizer = _innermost(kwargs.get("optimizer"))
+        optimizer = innermost(kwargs.get("optimizer"))
         gradients = self._gradients_of(optimizer)
         if gradients is None:
             self._judge(facts.tolist(), state.global_step + 1, model, None)
@@ -253,7 +253,7 @@ class NonFiniteGuard(TrainerCallback):
         return f", rows {', '.join(map(str, rows))} of the training set" if rows else ""
 
 
-def _innermost(optimizer: Any) -> Any:
+def innermost(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import PantheraMLError, UnsupportedError
 from ..models.roles import looks_like_experts
 from ..parallel.fsdp import is_sharded
 
@@ -47,6 +47,8 @@ def _reading(trainer: Any) -> str | None:
     """
     try:
         gradient = None if is_sharded(trainer.model) else _gradient_of_first(trainer)
+    except PantheraMLError:
+        raise
     except ValueError as error:
         return str(error)
     if gradient is not None:

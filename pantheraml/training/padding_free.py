@@ -80,6 +80,8 @@ def complete(trainer: Any) -> None:
     elif is_measurable(trainer.model) and is_like_alone(trainer):
         log.info("rows of a batch are joined instead of padded (padding_free=False pads them)")
     else:
+        if is_measurable(trainer.model):
+            log.info("rows of a batch are padded: this model computes joined rows otherwise than each alone")
         collator.padding_free = trainer.padding_free = False
 
 

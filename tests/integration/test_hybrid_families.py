@@ -246,6 +246,25 @@ def test_layers_that_lora_does_not_fit_are_left_out_or_refused():
     assert not any("o_a_proj" in name for name in trained)
 
 
+class Clamped(torch.nn.Linear):
+    """A product with the weight whose code needs more than the weight."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.register_buffer("most", torch.tensor(1e3))
+
+    def forward(self, x):
+        return torch.minimum(super().forward(x), self.most)
+
+
+def test_a_linear_layer_with_buffers_of_its_own_takes_lora():
+    model = make_tiny("llama")
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Clamped(attention.o_proj.in_features, attention.o_proj.out_features, bias=False)
+    model = FastLanguageModel.get_peft_model(model, target_modules=["o_proj"], use_gradient_checkpointing=False)
+    assert any("layers.0.self_attn.o_proj.lora_B" in name for name in step(model)[1])
+
+
 @pytest.fixture
 def trainer(folders, tmp_path):
     """Makes a trainer of TRL for a family."""

@@ -8,7 +8,7 @@ from datasets import Dataset
 from training_support import panthera_model, texts
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
-from pantheraml.errors import ConflictError, UnsupportedError
+from pantheraml.errors import ConfigError, ConflictError, UnsupportedError
 from pantheraml.models import attention
 
 FAMILIES = {
@@ -117,7 +117,10 @@ def test_rows_stay_padded_where_joining_would_change_something(options, given, t
     trainer = trainer_of(tmp_path, tiny_tokenizer, model, options=options, **given)
     assert not trainer.padding_free
     assert "attention_mask" in trainer.data_collator([dict(row) for row in trainer.train_dataset.select(range(2))])
-    assert "joined" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "joined instead" not in told
+    # What the user chose, or the collator cannot do, needs no word; what was measured does.
+    assert told.count("rows of a batch are padded") == (kind == "counts positions")
 
 
 def test_a_collator_of_the_users_decides_alone(tmp_path, tiny_tokenizer):
@@ -133,6 +136,16 @@ def test_joining_on_request_is_refused_where_documents_would_mix(tmp_path, tiny_
     assert not trainer_of(tmp_path, tiny_tokenizer, model).padding_free
     with pytest.raises(UnsupportedError, match="does not keep packed documents apart"):
         trainer_of(tmp_path, tiny_tokenizer, model, options={"padding_free": True})
+
+
+def test_an_error_of_ours_while_it_is_measured_is_no_reason_to_pad(tmp_path, tiny_tokenizer):
+    def fail(module, inputs, output):
+        raise ConfigError("a kernel is asked for what it cannot do")
+
+    model = model_of()
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(ConfigError, match="a kernel is asked"):
+        trainer_of(tmp_path, tiny_tokenizer, model)
 
 
 def test_rows_are_cut_to_the_length_before_they_are_joined(tmp_path, tiny_tokenizer):
