@@ -27,7 +27,7 @@ MODULES = (
     "fp8",
     "fp8_operands",
     "routing",
-    "grouped_gemm",
+    "grouped_products",
     "experts",
     "adamw_8bit",
     "_row_pieces",

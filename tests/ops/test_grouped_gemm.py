@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from pantheraml.errors import ConfigError, UnsupportedError
-from pantheraml.kernels.grouped_gemm import Tile, grouped_gemm
+from pantheraml.kernels import grouped_products
+from pantheraml.kernels.grouped_gemm import grouped_gemm
+from pantheraml.kernels.grouped_products import Tile
 from pantheraml.kernels.reference import grouped_gemm as reference
 
 from .support import DTYPES, assert_matches, random
@@ -34,7 +34,7 @@ ENDS = {
 def small_tiles(monkeypatch):
     """Several tiles a group and a matrix at the sizes of these tests."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(sys.modules[grouped_gemm.__module__], "TILE", Tile(16, 16, 16, 4, 2))
+        monkeypatch.setattr(grouped_products, "TILE", Tile(16, 16, 16, 4, 2))
 
 
 def tensors(ends, width=24, out=40, rank=4):
@@ -155,7 +155,7 @@ def test_real_shapes(dtype, rank, backend, gpu):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_tiles_of_chips_with_more_shared_memory(dtype, device, monkeypatch):
-    module = sys.modules[grouped_gemm.__module__]
+    module = grouped_products
     tiles = []
     if not torch.cuda.is_available():
         monkeypatch.setattr(module, "LARGE", Tile(32, 64, 32, 8, 3))
