@@ -21,6 +21,7 @@ MODULES = (
     "cross_entropy",
     "linear_cross_entropy",
     "low_rank",
+    "lora_glu",
     "lora",
     "nf4",
     "nf4_product",

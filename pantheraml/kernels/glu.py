@@ -36,12 +36,13 @@ NUM_WARPS = 4
 
 
 @jit
-def _activate(g, alpha, ACTIVATION: tl.constexpr):
+def activation_and_slope(g, alpha, ACTIVATION: tl.constexpr):
     """The activation of ``g`` and its slope there, float32."""
     if ACTIVATION == "silu":
-        s = tl.sigmoid(g * alpha)
+        scaled = g if alpha is None else g * alpha
+        s = tl.sigmoid(scaled)
         value = g * s
-        slope = s * (1.0 + alpha * g * (1.0 - s))
+        slope = s * (1.0 + scaled * (1.0 - s))
     elif ACTIVATION == "gelu":
         s = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         value = g * s
@@ -119,7 +120,7 @@ def _glu_forward_kernel(
         # comparisons let NaN through
         g = tl.where(g > limit, limit, g)
         u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
-    value, _ = _activate(g, alpha, ACTIVATION)
+    value, _ = activation_and_slope(g, alpha, ACTIVATION)
     result = value * (u + up_offset)
     if scale is not None:
         amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=0)
@@ -172,7 +173,7 @@ def _glu_backward_kernel(
         g = tl.where(g > limit, limit, g)
         u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
     u += up_offset
-    value, slope = _activate(g, alpha, ACTIVATION)
+    value, slope = activation_and_slope(g, alpha, ACTIVATION)
     if out is not None:
         tl.store(out + i_row * out_stride + i_col + o_col, (value * u).to(out.dtype.element_ty), mask=mask)
     d_g = (d_g * u * slope).to(dgate.dtype.element_ty)
@@ -199,7 +200,7 @@ class GluSpec(NamedTuple):
         """As keyword arguments of the kernels."""
         return {
             "limit": self.limit if self.limit is not None else 0.0,
-            "alpha": self.alpha if self.alpha is not None else 1.0,
+            "alpha": self.alpha,
             "up_offset": self.up_offset,
             "ACTIVATION": self.activation,
             "HAS_LIMIT": self.limit is not None,
@@ -580,10 +581,10 @@ def glu_fp8(
 
 def variants() -> Iterator[Variant]:
     """Forms of the kernels for ahead-of-time compilation."""
-    floats = dict.fromkeys(("limit", "alpha", "up_offset"), "fp32")
+    floats = dict.fromkeys(("limit", "up_offset"), "fp32")
     forward_integers = dict.fromkeys(("width", "blocks", "gate_stride", "up_stride", "out_stride"), "i32")
     backward_integers = forward_integers | dict.fromkeys(("dout_stride", "dgate_stride", "dup_stride"), "i32")
-    plain = {"HAS_LIMIT": False, "BLOCK": BLOCK}
+    plain = {"alpha": None, "HAS_LIMIT": False, "BLOCK": BLOCK}
     limited = {"HAS_LIMIT": True, "BLOCK": BLOCK}
     for dtype in ("fp16", "bf16", "fp32"):
         p, minimum = f"*{dtype}", bfloat16_minimum(dtype)
@@ -610,7 +611,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"glu_forward-{dtype}-interleaved-limit",
             _glu_forward_kernel,
-            {"gate": p, "out": p, **forward_integers, **floats},
+            {"gate": p, "out": p, **forward_integers, **floats, "alpha": "fp32"},
             {"up": None, "scale": None, "ACTIVATION": "silu", "FP8_MAX": 0.0, **limited},
             NUM_WARPS,
             minimum=minimum,
@@ -618,7 +619,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"glu_backward-{dtype}-interleaved-limit",
             _glu_backward_kernel,
-            {"dout": p, "gate": p, "dgate": p, **backward_integers, **floats},
+            {"dout": p, "gate": p, "dgate": p, **backward_integers, **floats, "alpha": "fp32"},
             {"up": None, "dup": None, "out": None, "ACTIVATION": "silu", **limited},
             NUM_WARPS,
             minimum=minimum,
@@ -630,7 +631,7 @@ def variants() -> Iterator[Variant]:
             f"glu_forward-bf16-{fp8}",
             _glu_forward_kernel,
             {"gate": "*bf16", "up": "*bf16", "out": f"*{fp8}", "scale": "*fp32", **forward_integers, **floats},
-            {"ACTIVATION": "silu", "HAS_LIMIT": False, "FP8_MAX": largest, "BLOCK": settings.block},
+            {"alpha": None, "ACTIVATION": "silu", "HAS_LIMIT": False, "FP8_MAX": largest, "BLOCK": settings.block},
             settings.num_warps,
             minimum=least,
             amd=amd,

@@ -1,21 +1,112 @@
 """Gated MLP with frozen bases and low-rank adapters as one node of the graph.
 
 ``y = down(act(gate(x)) * up(x))`` where each of gate, up and down is a ``Projection``. Kept for the backward: ``x``,
-the outputs of gate and up, and the skinny products of the adapters; the gated product is computed again.
+the outputs of gate and up, and the skinny products of the adapters; the gated product is computed again. Where
+``Joint`` serves, the outputs kept are those of the bases alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
-from .glu import glu
+from . import dispatch, low_rank
+from .glu import GluSpec, glu
+from .lora_glu import Lift, lora_glu_backward, lora_glu_forward, serves
 from .lora_linear import check_projection, project_all, use_reference
-from .projections import Group, Projection, Static, flatten, needs_of, project, project_backward, terms_of
+from .projections import (
+    Group,
+    Needs,
+    Projection,
+    Static,
+    Term,
+    TermGradients,
+    bare_products,
+    flatten,
+    needs_of,
+    project,
+    project_backward,
+    terms_of,
+)
+
+
+class Joint(NamedTuple):
+    """An MLP whose activation adds what the adapters of gate and up give, see ``lora_glu``.
+
+    Attributes:
+        lift: Gate and up.
+        down: The projection back.
+        spec: The activation.
+    """
+
+    lift: Group
+    down: Group
+    spec: GluSpec
+
+    @classmethod
+    def of(cls, lift: Group, down: Group, spec: GluSpec, x: torch.Tensor) -> Joint | None:
+        """The two groups as one, or None where the kernels do not serve them for x [T, H]; Triton serves the rest."""
+        (last,) = down.terms
+        if len(lift.terms) != 2 or not lift.together or any(term.bias is not None for term in lift.terms):
+            return None
+        # A trained base wants the activation itself.
+        if last.weight is not None and last.weight.requires_grad:
+            return None
+        if down.A is not None and not down.kernels:
+            return None
+        return cls(lift, down, spec) if serves(x, lift.terms[0].rank, last.rank) else None
+
+    def project(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Gate and up without what the adapters add, and the adapters' thin product."""
+        return bare_products(x, self.lift)
+
+    def _lift(self, skinny: torch.Tensor | None) -> Lift:
+        gate, up = self.lift.terms
+        assert skinny is not None
+        assert gate.B is not None
+        assert up.B is not None
+        return Lift(skinny, gate.B, up.B, gate.scaling)
+
+    def activate(
+        self, gate: torch.Tensor, up: torch.Tensor, skinny: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The activation, and the parts of its thin product with the adapter of the projection back."""
+        out, parts = lora_glu_forward(gate, up, self._lift(skinny), self.down.A, self.spec)
+        assert out is not None
+        return out, parts
+
+    def thin(self, gate: torch.Tensor, up: torch.Tensor, skinny: torch.Tensor | None) -> torch.Tensor | None:
+        """The thin product alone, None without an adapter of the projection back."""
+        if self.down.A is None:
+            return None
+        _, parts = lora_glu_forward(gate, up, self._lift(skinny), self.down.A, self.spec, keep=False)
+        assert parts is not None
+        return low_rank.added(parts, gate.dtype)
+
+    def down_backward(
+        self,
+        dy: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        skinny: torch.Tensor | None,
+        down_skinny: torch.Tensor | None,
+        needs: Sequence[Needs],
+    ) -> list[TermGradients]:
+        """From the gradient of the output: gate and up become their gradients. Returns those of the projection back."""
+        lift, (last,) = self._lift(skinny), self.down.terms
+
+        def finish(dout: torch.Tensor, thin: torch.Tensor | None) -> torch.Tensor | None:
+            down = None if thin is None or self.down.A is None else (thin, self.down.A)
+            dtype = None if last.A is None else last.grad_dtype or last.A.dtype
+            return lora_glu_backward(dout, gate, up, lift, down, self.spec, dtype=dtype)
+
+        _, _, found = project_backward(
+            [dy], None, down_skinny, self.down, needs, need_x=True, need_u=False, finish=finish
+        )
+        return found
 
 
 class _LoraMLP(torch.autograd.Function):
@@ -31,11 +122,18 @@ class _LoraMLP(torch.autograd.Function):
         terms = terms_of(statics, tensors)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            (gate, up), skinny = project(flat, flat, Group.of(terms[:2], flat))
-            hidden = glu(gate, up, activation, **options)
-            (y,), down_skinny = project(hidden, hidden, Group.of(terms[2:], hidden))
+            lift, down = Group.of(terms[:2], flat), Group.of(terms[2:], flat)
+            joint = Joint.of(lift, down, _spec(activation, options), flat)
+            parts: torch.Tensor | None = None
+            if joint is not None:
+                (gate, up), skinny = joint.project(flat)
+                hidden, parts = joint.activate(gate, up, skinny)
+            else:
+                (gate, up), skinny = project(flat, flat, lift)
+                hidden = glu(gate, up, activation, **options)
+            (y,), down_skinny = project(hidden, hidden, down, parts=parts)
         ctx.save_for_backward(x, gate, up, skinny, down_skinny, *tensors)
-        ctx.statics, ctx.activation, ctx.options = statics, activation, options
+        ctx.statics, ctx.activation, ctx.options, ctx.joined = statics, activation, options, joint is not None
         return y.view(*x.shape[:-1], y.shape[-1]).detach()
 
     @staticmethod
@@ -46,6 +144,8 @@ class _LoraMLP(torch.autograd.Function):
         needs = needs_of(ctx.needs_input_grad[4:], len(terms))
         inner = ctx.needs_input_grad[0] or any(any(need) for need in needs[:2])
         with torch.autocast(x.device.type, enabled=False):
+            if ctx.joined:
+                return _joint_backward(ctx, upstream[0], x, gate, up, skinny, down_skinny, terms, needs)
             gate, up = gate.detach().requires_grad_(inner), up.detach().requires_grad_(inner)
             hidden: torch.Tensor | None = None
             if inner or needs[2].A:
@@ -75,9 +175,45 @@ class _LoraMLP(torch.autograd.Function):
                     need_x=ctx.needs_input_grad[0],
                     need_u=False,
                 )
-        parameters = [g for p in (*first, *down) for g in (None, p.bias, p.A, p.B)]
-        missing = [None] * (len(tensors) - len(parameters))
-        return None if grad_x is None else grad_x.view(x.shape), None, None, None, *missing, *parameters
+        return _results(x, grad_x, [*first, *down], len(tensors))
+
+
+def _spec(activation: str, options: Mapping[str, Any]) -> GluSpec:
+    return GluSpec(activation, **{name: value for name, value in options.items() if name != "backend"})
+
+
+def _joint_backward(
+    ctx: Any,
+    upstream: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    skinny: torch.Tensor,
+    down_skinny: torch.Tensor | None,
+    terms: Sequence[Term],
+    needs: Sequence[Needs],
+) -> tuple[torch.Tensor | None, ...]:
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        # They become gradients below, and another backward may follow.
+        gate, up = gate.clone(), up.clone()
+    flat = x.reshape(-1, x.shape[-1])
+    lift, spec = Group.of(terms[:2], flat), _spec(ctx.activation, ctx.options)
+    joint = Joint(lift, Group.of(terms[2:], flat), spec)
+    dy = upstream.reshape(-1, upstream.shape[-1])
+    down = joint.down_backward(dy, gate, up, skinny, down_skinny, needs[2:])
+    grad_x, _, first = project_backward(
+        [gate, up], flat, skinny, lift, needs[:2], need_x=ctx.needs_input_grad[0], need_u=False
+    )
+    return _results(x, grad_x, [*first, *down], 4 * len(terms))
+
+
+def _results(
+    x: torch.Tensor, grad_x: torch.Tensor | None, found: Sequence[TermGradients], count: int
+) -> tuple[torch.Tensor | None, ...]:
+    """In the order of the forward's arguments."""
+    parameters = [g for p in found for g in (None, p.bias, p.A, p.B)]
+    missing = [None] * (count - len(parameters))
+    return None if grad_x is None else grad_x.view(x.shape), None, None, None, *missing, *parameters
 
 
 def lora_mlp(

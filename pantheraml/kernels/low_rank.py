@@ -72,25 +72,26 @@ def serves(x: torch.Tensor, rank: int) -> bool:
     return x.dtype in DTYPES and 0 < rank <= MAX_RANK and x.dim() == 2 and x.stride(1) == 1 and x.numel() > 0
 
 
-def _block(rank: int) -> int:
+def padded_rank(rank: int) -> int:
+    """Columns that a program has for this rank."""
     return max(next_power_of_2(rank), MIN_RANK)
 
 
 def narrow_stages(tile: Tile, rank: int, itemsize: int, limit: int) -> int:
     """As many of the tile's stages as fit into ``limit`` bytes of shared memory; the thin factor has ``itemsize``."""
-    stage = tile.columns * (2 * tile.rows + itemsize * _block(rank))
+    stage = tile.columns * (2 * tile.rows + itemsize * padded_rank(rank))
     return max(min(tile.num_stages, (limit - SHARED_RESERVE) // stage), 1)
 
 
 def gradient_stages(tile: Tile, rank: int, limit: int) -> int:
     """The same for ``gradients``, where the factor stays and dy and skinny stream."""
-    stage = 2 * tile.rows * (tile.columns + _block(rank))
-    kept = SHARED_RESERVE + 2 * tile.columns * _block(rank)
+    stage = 2 * tile.rows * (tile.columns + padded_rank(rank))
+    kept = SHARED_RESERVE + 2 * tile.columns * padded_rank(rank)
     return max(min(tile.num_stages, (limit - kept) // stage), 1)
 
 
 @remembered
-def _combination(
+def combination(
     rows: int,
     rank: int,
     thin: tuple[int, ...] | None,
@@ -101,7 +102,19 @@ def _combination(
     height: int,
     scaling: float,
 ) -> Launch:
-    """``thin`` and ``gradient`` are strides of what is filled."""
+    """The launch that adds up what programs leave in ``sums``: (sums, thin or None, gradient or None).
+
+    Args:
+        rows: Rows T of thin.
+        rank: Columns of each job's parts.
+        thin: Strides of thin [T, jobs * r], or None without it.
+        ends: How many parts [T, r] there are up to the end of each job's.
+        gradient: Strides of the gradient [height, r], or None without it.
+        start: Where its parts begin in ``sums``.
+        parts: How many there are.
+        height: Rows of the gradient.
+        scaling: Factor of both.
+    """
     job_programs = cdiv(rows * rank, COMBINE_TILE)
     programs = 0 if thin is None else job_programs * len(ends)
     first_end, second_end, third_end = (*ends, *(0,) * JOBS)[:JOBS]
@@ -164,7 +177,7 @@ def _narrowing(
         tiles=tiles,
         ROWS=tile.rows,
         COLUMNS=columns,
-        RANK=_block(rank),
+        RANK=padded_rank(rank),
         num_warps=tile.num_warps,
         num_stages=narrow_stages(tile, rank, itemsize, shared_memory(device)),
     )
@@ -173,7 +186,7 @@ def _narrowing(
 
 def reading(rank: int, width: int) -> int:
     """Numbers of each row of the thin factor that ``widen`` reads for results of this width."""
-    return cdiv(width, WIDEN[_block(rank)].columns) * rank
+    return cdiv(width, WIDEN[padded_rank(rank)].columns) * rank
 
 
 def narrow_parts(
@@ -198,10 +211,18 @@ def narrow_parts(
     parts = torch.empty((splits, rows, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     launch(x, A, parts)
     more = parts.itemsize * splits - x.itemsize
-    if splits == 1 or (read is not None and rows * read * more <= FOLDED_BYTES):
+    if read is not None and rows * read * more <= FOLDED_BYTES:
         return parts
-    out = torch.empty((1, rows, rank), dtype=x.dtype, device=x.device)
-    _combination(rows, rank, out.stride()[1:], (splits,), None, 0, 0, 0, 1.0)(parts, out, None)
+    return added(parts, x.dtype).unsqueeze(0)
+
+
+def added(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum [T, r] of parts [parts, T, r] as ``narrow_parts`` leaves them, in the dtype of what was multiplied."""
+    splits, rows, rank = parts.shape
+    if splits == 1:
+        return parts[0]
+    out = torch.empty((rows, rank), dtype=dtype, device=parts.device)
+    combination(rows, rank, out.stride(), (splits,), None, 0, 0, 0, 1.0)(parts, out, None)
     return out
 
 
@@ -239,7 +260,7 @@ def _widening(
     out_stride: int,
     tile: Tile | None,
 ) -> Launch:
-    tile = tile or WIDEN[_block(rank)]
+    tile = tile or WIDEN[padded_rank(rank)]
     ends = _ends(widths, tile.columns)
     first_end, second_end, _ = (*ends, ends[-1], ends[-1])[:JOBS]
     width, second_width, third_width = (*widths, 0, 0)[:JOBS]
@@ -266,7 +287,7 @@ def _widening(
         SPLITS=splits,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        RANK=_block(rank),
+        RANK=padded_rank(rank),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -373,7 +394,7 @@ def _differentiation(
     parts: int | None,
     device: torch.device,
 ) -> _Gradients:
-    tile = tile or GRADIENTS[_block(rank)]
+    tile = tile or GRADIENTS[padded_rank(rank)]
     columns = min(tile.columns, max(next_power_of_2(max(widths)), 16))
     ends, tiles = _ends(widths, columns), cdiv(rows, tile.rows)
     if parts is None:
@@ -407,7 +428,7 @@ def _differentiation(
         gradient_split=sum(widths) * rank,
         ROWS=tile.rows,
         COLUMNS=columns,
-        RANK=_block(rank),
+        RANK=padded_rank(rank),
         num_warps=tile.num_warps,
         num_stages=gradient_stages(tile, rank, shared_memory(device)),
     )
@@ -480,8 +501,8 @@ def gradients(
     launch(*pairs, *(None,) * (2 * (JOBS - jobs)), skinny, sums)
     thin_strides = None if thin is None else thin.stride()
     gradient_strides = None if gradient is None else gradient.stride()
-    combination = _combination(rows, rank, thin_strides, ends, gradient_strides, start, parts, height, scaling)
-    combination(sums, thin, gradient)
+    combine = combination(rows, rank, thin_strides, ends, gradient_strides, start, parts, height, scaling)
+    combine(sums, thin, gradient)
 
 
 def variants() -> Iterator[Variant]:

@@ -191,6 +191,7 @@ def project(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     rows: Fp8Matrix | None = None,
+    parts: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Outputs of all terms for ``x`` [T, I], and ``u @ A.T`` for the backward.
 
@@ -201,16 +202,19 @@ def project(
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
         rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
+        parts: [parts, T, sum of ranks] float32 whose sum is ``u @ A.T``, where a kernel before has made it.
     """
     dtype = x.dtype
     terms, A = group.terms, group.A
-    if A is not None and group.kernels and u.stride(1) == 1:
+    if parts is None and A is not None and group.kernels and u.stride(1) == 1:
         # What its programs leave is added up by the kernels that read it.
-        parts: torch.Tensor | None = low_rank.narrow_parts(u, A, read=group.read)
-        assert parts is not None
-        skinny = parts[0] if parts.shape[0] == 1 else torch.empty(parts.shape[1:], dtype=dtype, device=x.device)
+        parts = low_rank.narrow_parts(u, A, read=group.read)
+    if parts is not None:
+        skinny: torch.Tensor | None = (
+            parts[0] if parts.shape[0] == 1 else torch.empty(parts.shape[1:], dtype=dtype, device=x.device)
+        )
     else:
-        parts, skinny = None, thin_product(u, group)
+        skinny = thin_product(u, group)
     shared = Fp8Input(x, rows)
     if parts is not None and group.together and residual is None and out is None:
         factors = [t.B for t in terms if t.B is not None and t.bias is None and not _is_bare(shared, t)]
@@ -247,6 +251,24 @@ def project(
         else:
             outputs.append(torch.addmm(added, x, term.dense(dtype).t(), out=out))
     return outputs, skinny
+
+
+def bare_products(x: torch.Tensor, group: Group) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The bases' products alone, and ``x @ A.T``; for whoever adds the adapters' updates later.
+
+    Args:
+        x: [T, I].
+        group: Projections without bias.
+
+    Returns:
+        [T, O] of each term, and [T, sum of ranks].
+    """
+    shared = Fp8Input(x)
+    outputs = []
+    for term in group.terms:
+        y = _bare_product(shared, term)
+        outputs.append(torch.mm(x, term.dense(x.dtype).t()) if y is None else y)
+    return outputs, thin_product(x, group)
 
 
 def _by_vectors(x: torch.Tensor, term: Term) -> Quantized4Bit | None:
@@ -386,6 +408,7 @@ def project_backward(
     *,
     need_x: bool,
     need_u: bool,
+    finish: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[TermGradients]]:
     """Gradients of ``project``.
 
@@ -398,6 +421,8 @@ def project_backward(
         needs: Which parameters of each term need a gradient.
         need_x: Whether the base's input does.
         need_u: Whether the adapters' input does, when it is another tensor. Otherwise its gradient joins that of x.
+        finish: Of one projection with x for u: gets the gradient of x through the base and the gradient of the thin
+            product, uses both up, and returns the gradient of A if there is an A. Then this returns no gradient of x.
 
     Returns:
         Gradient of x, gradient of u (None unless ``need_u``), gradients of the parameters.
@@ -417,7 +442,7 @@ def project_backward(
     grads_B = _through_every_B(grads, skinny, group, needs, thin, kernels=kernels)
     grad_x = _fp8_gradient(grads, terms) if need_x else None
     grad_u = None
-    if thin is not None and A is not None and (need_x or need_u):
+    if finish is None and thin is not None and A is not None and (need_x or need_u):
         base = None if need_u else grad_x
         through = _widen(thin, A, base, kernels=kernels)
         grad_x, grad_u = (grad_x, through) if need_u else (through, None)
@@ -426,9 +451,12 @@ def project_backward(
             if grad is not None and term.fp8 is None:
                 weight = term.dense(dtype)
                 grad_x = torch.mm(grad, weight) if grad_x is None else grad_x.addmm_(grad, weight)
+    grads_A: list[torch.Tensor | None] = [None] * len(terms)
+    if finish is not None:
+        assert grad_x is not None
+        grads_A, grad_x = [finish(grad_x, thin)], None
     if u is not None and not isinstance(u, torch.Tensor):
         u = u(grad_x)
-    grads_A: list[torch.Tensor | None] = [None] * len(terms)
     if u is not None and thin is not None and need_A:
         grads_A = _through_A(thin, u, group, needs, kernels=kernels)
     result = []

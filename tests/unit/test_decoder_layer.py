@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 
 import pytest
 import torch
@@ -110,10 +111,16 @@ def test_the_kernels_launchers_are_called_rightly(family, trained, monkeypatch):
     assert len(joint) == (10 if family in ("qwen3", "gemma3_text") else 0)
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
 @pytest.mark.parametrize("level", [None, Level(Keep.INPUT)], ids=str)
-def test_adapters_in_float32_on_a_base_in_half_precision(level, monkeypatch, calls):
-    """The thin products by the kernels, which read adapters as they are, at both ends of what is kept."""
+def test_adapters_in_float32_on_a_base_in_half_precision(level, joined, monkeypatch, calls):
+    """The thin products by the kernels, which read adapters as they are, at both ends of what is kept.
+
+    Joined, the activation's kernels add what the adapters of gate and up give.
+    """
     from pantheraml.kernels import _triton, dispatch
+
+    lora_mlp = importlib.import_module("pantheraml.kernels.lora_mlp")
 
     if not _triton.interpreted():
         pytest.skip("runs in Triton's interpreter, see tests/ops")
@@ -122,6 +129,13 @@ def test_adapters_in_float32_on_a_base_in_half_precision(level, monkeypatch, cal
     monkeypatch.setattr(block, "MLP_ROWS", 24)
     monkeypatch.setattr(
         dispatch, "resolve", lambda op, *a, **k: "triton" if op == "lora_linear" else resolve(op, *a, **k)
+    )
+    if joined:
+        monkeypatch.setattr(pieces, "resolve", lambda *args: "triton")
+    backwards = []
+    original = lora_mlp.lora_glu_backward
+    monkeypatch.setattr(
+        lora_mlp, "lora_glu_backward", lambda *args, **options: backwards.append(args) or original(*args, **options)
     )
     # Half precision, for Triton's interpreter multiplies the bits of bfloat16.
     model = with_lora(make_tiny("llama")).train()
@@ -132,6 +146,8 @@ def test_adapters_in_float32_on_a_base_in_half_precision(level, monkeypatch, cal
     with torch.autocast("cpu", dtype=torch.float16):
         stock, ours = step(copy.deepcopy(model)), step(adapted(model, level)[0])
     assert len(calls) == model.config.num_hidden_layers
+    # The MLP takes the batch of 40 rows in two pieces.
+    assert len(backwards) == (2 * len(calls) if joined else 0)
     assert abs(ours[0] - truth[0]) <= 2 * abs(stock[0] - truth[0]) + 2e-3 * truth[0]
     for name, grad in truth[1].items():
         error, allowed = ((g[1][name].double() - grad).norm() / grad.norm() for g in (ours, stock))

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ...kernels.glu import GluSpec
+from ...kernels.lora_mlp import Joint
 from ...kernels.projections import (
     Group,
     Needs,
@@ -198,6 +200,8 @@ class _Layer:
         self.qkv, self.o, self.lift, self.down = (
             Group(group, A, kernels=served) for group, A, served in zip(groups, joined, kernels)
         )
+        joins = self.fused.glu and spec.packed is None
+        self.joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), h[0]) if joins else None
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
@@ -251,28 +255,37 @@ class _Layer:
         x: torch.Tensor,
         group: Group,
         out: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The residual plus a branch, the thin product and, where a norm follows, the bare projection."""
         if self.spec.norms[which] is None and self.spec.scale == 1.0:
-            (y,), skinny = project(x, x, group, residual=h, out=out)
+            (y,), skinny = project(x, x, group, residual=h, out=out, parts=parts)
             return y, skinny, None
-        (branch,), skinny = project(x, x, group)
+        (branch,), skinny = project(x, x, group, parts=parts)
         normed, _ = self._norm(which, branch)
         y = torch.add(h, normed, alpha=self.spec.scale, out=out)
         return y, skinny, branch if self.spec.norms[which] is not None else None
 
     def mlp(self, middle: torch.Tensor, base: torch.Tensor, state: _MLPState, out: torch.Tensor | None) -> torch.Tensor:
         """``base + s * n(mlp(n(middle)))`` for some rows."""
-        spec = self.spec
         self._lift(middle, state)
+        product, parts = self._activate(state)
+        y, state.skinny_down, state.branch = self._add(3, base, product, self.down, out, parts)
+        return y
+
+    def _activate(self, state: _MLPState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The activation and, where a kernel makes it as well, parts of its thin product."""
         assert state.gate is not None
         assert state.up is not None
-        product = activate(state.gate, state.up, spec.activation, self.fused)
-        y, state.skinny_down, state.branch = self._add(3, base, product, self.down, out)
-        return y
+        if self.joint is not None:
+            return self.joint.activate(state.gate, state.up, state.skinny)
+        return activate(state.gate, state.up, self.spec.activation, self.fused), None
 
     def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
         state.x, state.rstd = self._norm(2, middle)
+        if self.joint is not None:
+            (state.gate, state.up), state.skinny = self.joint.project(state.x)
+            return
         outputs, state.skinny = project(state.x, state.x, self.lift)
         if self.spec.packed is None:
             state.gate, state.up = outputs
@@ -424,14 +437,14 @@ class _Layer:
         if state.gate is None:
             self._lift(middle, state)
             if spec.norms[3] is not None:
+                product, parts = self._activate(state)
+                (state.branch,), state.skinny_down = project(product, product, self.down, parts=parts)
+            elif self.joint is not None:
                 assert state.gate is not None
                 assert state.up is not None
-                product = activate(state.gate, state.up, spec.activation, self.fused)
-                (state.branch,), state.skinny_down = project(product, product, self.down)
+                state.skinny_down = self.joint.thin(state.gate, state.up, state.skinny)
             elif self.down.A is not None:
-                assert state.gate is not None
-                assert state.up is not None
-                product = activate(state.gate, state.up, spec.activation, self.fused)
+                product, _ = self._activate(state)
                 state.skinny_down = thin_product(product, self.down)
         else:
             state.x, state.rstd = self._norm(2, middle)
@@ -448,7 +461,10 @@ class _Layer:
             activate_backward(d_product, gate, up, spec.activation, self.fused, again=trained)
             return d_product
 
-        _, last = _backward([dy], through, state.skinny_down, self.down, needs[-1:])
+        if self.joint is not None:
+            last = self.joint.down_backward(dy, gate, up, state.skinny, state.skinny_down, needs[-1:])
+        else:
+            _, last = _backward([dy], through, state.skinny_down, self.down, needs[-1:])
         lifted = [gate, up] if joint is None else [joint]
         dx, first = _backward(lifted, state.x, state.skinny, self.lift, needs[:-1])
         d_middle = self._norm_backward(2, dx, middle, state.rstd, None if spec.parallel else grad)
