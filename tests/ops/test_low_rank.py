@@ -120,6 +120,14 @@ def test_several_gradients_share_a_launch(limit, widths, wanted, dtype, device, 
     assert_matches(kernel, expected, inputs, dtype=dtype, device=device)
 
 
+def test_wide_tensors_have_wide_tiles_where_memory_allows():
+    """Of the sizes of shared memory that NVIDIA's chips have, 64 KiB (T4) are too few for two of their stages."""
+    kibibytes = {size: low_rank.gradient_tile(16, 14336, size * 1024).columns for size in (64, 99, 163, 227)}
+    assert kibibytes == {64: 256, 99: 512, 163: 512, 227: 512}
+    assert low_rank.gradient_tile(16, 4096, 227 * 1024) == low_rank.GRADIENTS[16]
+    assert low_rank.gradient_tile(64, 14336, 227 * 1024) == low_rank.GRADIENTS[64]
+
+
 def test_float32_masters_are_rounded_as_they_are_read(device):
     x, A, s = (t.to(device) for t in (random(9, 40).bfloat16(), random(4, 40, seed=1).float(), random(9, 4).bfloat16()))
     assert torch.equal(narrow(x, A), narrow(x, A.bfloat16()))
@@ -128,6 +136,25 @@ def test_float32_masters_are_rounded_as_they_are_read(device):
     gradients([x], [A.t()], None, thin=thin[0])
     gradients([x], [A.t().bfloat16()], None, thin=thin[1])
     assert torch.equal(*thin)
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+def test_gradients_of_wide_tensors(rank, device, monkeypatch):
+    monkeypatch.setattr(low_rank, "shared_memory", lambda _device: 227 * 1024)
+    inputs = {"dy": random(33, 8200), "factor": random(8200, rank, seed=1), "skinny": random(33, rank, seed=2)}
+
+    def kernel(dy, factor, skinny):
+        thin, gradient = torch.empty_like(skinny), torch.empty_like(factor)
+        gradients([dy], [factor], skinny, 0.7, thin=thin, gradient=gradient)
+        return thin, gradient
+
+    assert_matches(
+        kernel,
+        lambda dy, factor, skinny: (dy @ factor * 0.7, dy.t() @ skinny * 0.7),
+        inputs,
+        dtype=torch.bfloat16,
+        device=device,
+    )
 
 
 def test_writes_into_given_places(device):
