@@ -102,6 +102,18 @@ def test_losses_are_compared_with_another_call_where_the_own_has_no_reference(mo
     assert "largest difference from hf/default of a" in report.render(lines)
 
 
+def test_losses_of_runs_of_another_length_are_not_compared(modules):
+    """Their data are shuffled in another order."""
+    _, report = modules
+    lines = [
+        line("hf/default", 1, call="a", losses=(10.0, 8.0, 7.0)),
+        line("pantheraml/default", 1, call="b", losses=(10.0, 8.04)),
+    ]
+    page = report.render(lines)
+    assert row_of(page, "pantheraml/default")[6] == ""
+    assert "largest difference from -" in page
+
+
 def test_start_up_counts_from_the_faster_plain_process(modules):
     _, report = modules
     lines = [
