@@ -25,6 +25,7 @@ def lora_glu_forward_kernel(
     gate_stride,
     up_stride,
     thin_stride,
+    up_thin,
     factor_width,
     factor_rank,
     down_stride,
@@ -53,7 +54,7 @@ def lora_glu_forward_kernel(
     p_thin = thin + i_row * thin_stride + (o_row[:, None] * thin_stride + o_rank[None, :])
     m_thin = m_row[:, None] & m_rank[None, :]
     b_gate_thin = tl.load(p_thin, mask=m_thin, other=0.0)
-    b_up_thin = tl.load(p_thin + rank, mask=m_thin, other=0.0)
+    b_up_thin = tl.load(p_thin + up_thin, mask=m_thin, other=0.0)
     b_sum = tl.zeros((ROWS, DOWN_RANK), tl.float32)
     for i in tl.range(tiles, num_stages=STAGES):
         i_col = (i_part * tiles + i) * COLUMNS
@@ -109,6 +110,7 @@ def lora_glu_backward_kernel(
     gate_stride,
     up_stride,
     thin_stride,
+    up_thin,
     factor_width,
     factor_rank,
     down_thin_stride,
@@ -162,7 +164,7 @@ def lora_glu_backward_kernel(
         p_thin = thin + i_row * thin_stride + o_thin
         m_thin = m_row[:, None] & m_rank[None, :]
         g += tl.dot(tl.load(p_thin, mask=m_thin, other=0.0), b_gate) * scaling
-        u += tl.dot(tl.load(p_thin + rank, mask=m_thin, other=0.0), b_up) * scaling
+        u += tl.dot(tl.load(p_thin + up_thin, mask=m_thin, other=0.0), b_up) * scaling
         b_down_thin = None
         if down_factor is not None:
             p_down_thin = down_thin + i_row * down_thin_stride + o_down_thin

@@ -1,7 +1,7 @@
 """A gated activation with what the adapters of the projections around it add, in one pass over the wide tensors.
 
-With the bases' products gate and up [T, I], their adapters' thin products t [T, 2 r] and factors B [I, r], and the
-factor A [r', I] of the projection that follows::
+With the bases' products gate and up [T, I], their adapters' thin products t [T, 2 r] and factors B [I, r], or one t and
+the halves of one B where one projection makes both, and the factor A [r', I] of the projection that follows::
 
     g = gate + s * t_g @ B_g.T        u = up + s * t_u @ B_u.T
     out = act(g) * (u + up_offset)    sums = out @ A.T
@@ -47,7 +47,8 @@ class Lift(NamedTuple):
     """What adapters add to gate and up.
 
     Attributes:
-        thin: [T, 2 r], the thin products of gate and of up, in the dtype of gate, contiguous rows.
+        thin: [T, 2 r], the thin products of gate and of up, or [T, r] where they share one; in the dtype of gate,
+            contiguous rows.
         gate: [I, r].
         up: [I, r] with the dtype and the strides of the former.
         scaling: Factor s of both.
@@ -57,6 +58,11 @@ class Lift(NamedTuple):
     gate: torch.Tensor
     up: torch.Tensor
     scaling: float
+
+    @property
+    def up_thin(self) -> int:
+        """Where the columns of up's thin product begin."""
+        return self.thin.shape[1] - self.gate.shape[1]
 
 
 def serves(gate: torch.Tensor, rank: int, down_rank: int) -> bool:
@@ -101,6 +107,7 @@ def _forward(
     down_rank: int,
     scaling: float,
     strides: tuple[int, int, int, int, int],
+    up_thin: int,
     factor_strides: tuple[int, ...],
     spec: GluSpec,
     tile: Tile,
@@ -126,6 +133,7 @@ def _forward(
         gate_stride=gate_stride,
         up_stride=up_stride,
         thin_stride=thin_stride,
+        up_thin=up_thin,
         factor_width=factor_strides[0],
         factor_rank=factor_strides[1],
         down_stride=down_stride,
@@ -180,7 +188,18 @@ def lora_glu_forward(
         width,
     )
     launch, parts = _forward(
-        rows, width, rank, down_rank, lift.scaling, strides, lift.gate.stride(), spec, tile, parts, gate.device
+        rows,
+        width,
+        rank,
+        down_rank,
+        lift.scaling,
+        strides,
+        lift.up_thin,
+        lift.gate.stride(),
+        spec,
+        tile,
+        parts,
+        gate.device,
     )
     sums = None
     if down is not None:
@@ -198,6 +217,7 @@ def _backward(
     down_rank: int,
     scaling: float,
     strides: tuple[int, int, int, int, int, int],
+    up_thin: int,
     factor_strides: tuple[int, ...],
     spec: GluSpec,
     tile: Tile,
@@ -227,6 +247,7 @@ def _backward(
         gate_stride=gate_stride,
         up_stride=up_stride,
         thin_stride=thin_stride,
+        up_thin=up_thin,
         factor_width=factor_strides[0],
         factor_rank=factor_strides[1],
         down_thin_stride=down_thin_stride,
@@ -284,9 +305,9 @@ def lora_glu_backward(
         0 if thin is None else thin.stride(0),
         0 if A is None else A.stride(0),
     )
-    rank, factor_strides = lift.gate.shape[1], lift.gate.stride()
+    rank, factor_strides, up_thin = lift.gate.shape[1], lift.gate.stride(), lift.up_thin
     launch, parts = _backward(
-        rows, width, rank, down_rank, lift.scaling, strides, factor_strides, spec, tile, parts, gate.device
+        rows, width, rank, down_rank, lift.scaling, strides, up_thin, factor_strides, spec, tile, parts, gate.device
     )
     if A is None:
         launch(dout, gate, up, lift.thin, lift.gate, lift.up, None, None, None)
@@ -303,7 +324,7 @@ def variants() -> Iterator[Variant]:
     """The compiled forms, for compilation ahead of time: with the least and the most shared memory of any chip."""
     sizes = dict.fromkeys(("rows", "width", "rank", "down_rank", "tiles"), "i32")
     floats = dict.fromkeys(("scaling", "limit", "up_offset"), "fp32")
-    strides = ("gate_stride", "up_stride", "thin_stride", "factor_width", "down_stride")
+    strides = ("gate_stride", "up_stride", "thin_stride", "up_thin", "factor_width", "down_stride")
     forward, backward = (*strides, "out_stride"), (*strides, "dout_stride", "down_thin_stride")
     shared = ((LEAST_SHARED, ("gfx90a", "gfx942")), (MOST_SHARED, ()))
     kinds: list[tuple[str, str, int]] = [(kind, "bf16", MIN_RANK) for kind in ACTIVATIONS]

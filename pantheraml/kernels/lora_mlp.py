@@ -37,38 +37,45 @@ class Joint(NamedTuple):
     """An MLP whose activation adds what the adapters of gate and up give, see ``lora_glu``.
 
     Attributes:
-        lift: Gate and up.
+        lift: Gate and up, or the one projection that makes both.
         down: The projection back.
         spec: The activation.
+        packed: ``"gate_first"`` or ``"up_first"`` where one projection makes both gate and up, else None.
     """
 
     lift: Group
     down: Group
     spec: GluSpec
+    packed: str | None = None
 
     @classmethod
-    def of(cls, lift: Group, down: Group, spec: GluSpec, x: torch.Tensor) -> Joint | None:
+    def of(cls, lift: Group, down: Group, spec: GluSpec, x: torch.Tensor, packed: str | None = None) -> Joint | None:
         """The two groups as one, or None where the kernels do not serve them for x [T, H]; Triton serves the rest."""
-        (last,) = down.terms
-        if len(lift.terms) != 2 or not lift.together or any(term.bias is not None for term in lift.terms):
+        first, (last,) = lift.terms[0], down.terms
+        alike = lift.together if packed is None else lift.kernels and lift.A is not None
+        if not alike or len(lift.terms) != (2 if packed is None else 1):
             return None
         # A trained base wants the activation itself.
-        if last.weight is not None and last.weight.requires_grad:
+        trained = last.weight is not None and last.weight.requires_grad
+        if trained or any(term.bias is not None for term in lift.terms) or (down.A is not None and not down.kernels):
             return None
-        if down.A is not None and not down.kernels:
-            return None
-        return cls(lift, down, spec) if serves(x, lift.terms[0].rank, last.rank) else None
+        return cls(lift, down, spec, packed) if serves(x, first.rank, last.rank) else None
 
     def project(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Gate and up without what the adapters add, and the adapters' thin product."""
+        """Gate and up, or both in one, without what the adapters add, and the adapters' thin product."""
         return bare_products(x, self.lift)
 
     def _lift(self, skinny: torch.Tensor | None) -> Lift:
-        gate, up = self.lift.terms
+        factors = [term.B for term in self.lift.terms]
+        first, last = factors[0], factors[-1]
         assert skinny is not None
-        assert gate.B is not None
-        assert up.B is not None
-        return Lift(skinny, gate.B, up.B, gate.scaling)
+        assert first is not None
+        assert last is not None
+        if self.packed is not None:
+            first, last = first.chunk(2)
+        if self.packed == "up_first":
+            first, last = last, first
+        return Lift(skinny, first, last, self.lift.terms[0].scaling)
 
     def activate(
         self, gate: torch.Tensor, up: torch.Tensor, skinny: torch.Tensor | None

@@ -145,6 +145,20 @@ def test_rows_may_lie_apart(device):
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
+def test_one_thin_product_for_both(device):
+    """As of a projection that makes gate and up: its thin product twice, and the halves of its factor."""
+    inputs = {name: x.half().to(device) for name, x in inputs_of(20, 48, 4, 4).items()}
+    thin, dout = inputs["thin"][:, :4].contiguous(), random(20, 48, seed=6).half().to(device)
+    results = []
+    for t in (thin, torch.cat([thin, thin], 1)):
+        gate, up = inputs["gate"].clone(), inputs["up"].clone()
+        lift = Lift(t, inputs["gate_factor"], inputs["up_factor"], SCALING)
+        forward = lora_glu_forward(gate, up, lift, inputs["down"], PLAIN)
+        lora_glu_backward(dout, gate, up, lift, None, PLAIN)
+        results.append((*forward, gate, up))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
 def test_programs_fill_the_chip():
     """112 blocks of columns on 132 processors: one part leaves 15 % of them idle for the whole time."""
     parts = lora_glu._parts(112, 132, 256)

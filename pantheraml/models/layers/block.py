@@ -200,8 +200,8 @@ class _Layer:
         self.qkv, self.o, self.lift, self.down = (
             Group(group, A, kernels=served) for group, A, served in zip(groups, joined, kernels)
         )
-        joins = self.fused.glu and spec.packed is None
-        self.joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), h[0]) if joins else None
+        joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), h[0], spec.packed)
+        self.joint = joint if self.fused.glu else None
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
@@ -283,10 +283,8 @@ class _Layer:
 
     def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
         state.x, state.rstd = self._norm(2, middle)
-        if self.joint is not None:
-            (state.gate, state.up), state.skinny = self.joint.project(state.x)
-            return
-        outputs, state.skinny = project(state.x, state.x, self.lift)
+        joint = self.joint
+        outputs, state.skinny = project(state.x, state.x, self.lift) if joint is None else joint.project(state.x)
         if self.spec.packed is None:
             state.gate, state.up = outputs
         else:
