@@ -3,8 +3,9 @@
     python benchmarks/kernels/lora_variants.py [--out FILE] [--seconds 240]
 
 For the shapes of Llama-3.1-8B at 8,192 tokens and rank 16: each product with a thin factor by torch and by the Triton
-kernels at several launch settings, as a fraction of the copy bandwidth, and the whole layer's forward and backward with
-either, over the bare products.
+kernels at several launch settings, as a fraction of the copy bandwidth, the activation that adds the adapters around it
+beside the separate kernels that it replaces, and the whole layer's forward and backward with either, over the bare
+products.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
@@ -25,7 +25,8 @@ import torch  # noqa: E402
 from timing import copy_bandwidth, timed  # noqa: E402
 from workload import DTYPE, RANK, SCALING, randn  # noqa: E402
 
-from pantheraml.kernels import low_rank, projections  # noqa: E402
+from pantheraml.kernels import lora_glu, low_rank, projections  # noqa: E402
+from pantheraml.kernels.glu import GluSpec, glu_backward, glu_forward  # noqa: E402
 from pantheraml.kernels.low_rank import Tile  # noqa: E402
 
 SHAPES = {"q": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336), "k": (1024, 4096)}
@@ -50,6 +51,15 @@ GRADIENTS = (
     Tile(32, 256, 8, 5),
     Tile(64, 256, 4, 3),
     Tile(16, 256, 4, 6),
+)
+FORWARD = (lora_glu.FORWARD, Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2))
+BACKWARD = (
+    lora_glu.BACKWARD,
+    Tile(32, 64, 4, 2),
+    Tile(32, 64, 2, 3),
+    Tile(32, 64, 8, 3),
+    Tile(64, 64, 4, 3),
+    Tile(32, 128, 4, 3),
 )
 Row = tuple[str, str, Callable[[], Any], int | None]
 
@@ -87,14 +97,45 @@ def pieces(name: str, device: torch.device) -> Iterator[Row]:
         for parts in (None, 4, 16):
             label = f"{tuple(tile)} parts={parts}"
             shared = {"tile": tile, "parts": parts}
-            both = functools.partial(low_rank.gradients, dy, B16, thin, SCALING, thin=s, gradient=dB, **shared)
+            both = functools.partial(low_rank.gradients, [dy], [B16], thin, SCALING, thin=s, gradient=dB, **shared)
             yield "dy·B and dyᵀ·s", label, both, wide_out
             yield (
                 "gᵀ·x",
                 label,
-                functools.partial(low_rank.gradients, x, None, thin, gradient=dA.t(), **shared),
+                functools.partial(low_rank.gradients, [x], None, thin, gradient=dA.t(), **shared),
                 wide_in,
             )
+
+
+def activation(device: torch.device) -> Iterator[Row]:
+    """The gated activation apart from the adapters around it, and with them; gate and up are of the shape of gate."""
+    width = SHAPES["gate"][0]
+    gate, up, dout = (randn(TOKENS, width, device=device) for _ in range(3))
+    thin, down_thin = randn(TOKENS, 2 * RANK, device=device), randn(TOKENS, RANK, device=device)
+    first, second = (torch.randn(width, RANK, device=device) * 0.02 for _ in range(2))
+    A, spec = torch.randn(RANK, width, device=device) * 0.02, GluSpec()
+    lift = lora_glu.Lift(thin, first, second, SCALING)
+    wide = gate.numel() * 2
+    out, dA = glu_forward(gate, up, spec), torch.empty_like(A)
+    yield "forward apart", "updates", lambda: low_rank.widen_each(thin, [first, second], SCALING), 2 * wide
+    yield "forward apart", "activation", lambda: glu_forward(gate, up, spec, out), 3 * wide
+    yield "forward apart", "thin product", lambda: low_rank.narrow_parts(out, A, read=0), wide
+    for tile in FORWARD:
+        for parts in (4, lora_glu.PARTS, 16):
+            label = f"{tuple(tile)} parts={parts}"
+            call = functools.partial(lora_glu.lora_glu_forward, gate, up, lift, A, spec, tile=tile, parts=parts)
+            yield "forward", label, call, 3 * wide
+    yield "backward apart", "update", lambda: low_rank.widen(down_thin, A.t(), out=dout), wide
+    again = functools.partial(glu_backward, dout, gate, up, spec, dgate=gate, dup=up, out=dout)
+    yield "backward apart", "activation, written again", again, 6 * wide
+    of_A = functools.partial(low_rank.gradients, [dout], None, down_thin, gradient=dA.t())
+    yield "backward apart", "dA", of_A, wide
+    for tile in BACKWARD:
+        for parts in (None, 4, 8):
+            label = f"{tuple(tile)} parts={parts}"
+            shared = {"tile": tile, "parts": parts}
+            call = functools.partial(lora_glu.lora_glu_backward, dout, gate, up, lift, (down_thin, A), spec, **shared)
+            yield "backward", label, call, 5 * wide
 
 
 def whole(names: list[str], device: torch.device) -> Iterator[Row]:
@@ -106,11 +147,12 @@ def whole(names: list[str], device: torch.device) -> Iterator[Row]:
     grads = [randn(TOKENS, len(W), device=device) for W in weights]
     joined = "+".join(names)
 
-    def terms(dtype: torch.dtype) -> list[Any]:
-        return [
+    def group(dtype: torch.dtype, *, kernels: bool) -> projections.Group:
+        terms = [
             projections.Term(projections.Projection(W), W, None, (A * 0.02).to(dtype), B.to(dtype), SCALING, "auto")
             for W, (A, B) in zip(weights, factors)
         ]
+        return projections.Group(terms, projections.joined_A(terms), kernels=kernels)
 
     def bare_backward() -> None:
         gradient = None
@@ -120,22 +162,17 @@ def whole(names: list[str], device: torch.device) -> Iterator[Row]:
     yield f"{joined} forward", "bare", lambda: [torch.mm(x, W.t()) for W in weights], None
     yield f"{joined} backward", "bare", bare_backward, None
     for dtype in (torch.float32, DTYPE):
-        given = terms(dtype)
-        _, skinny = projections.project(x, x, given)
-        for label, rows in (("torch", 1 << 60), ("kernels", 0)):
-            way = f"{label}, {str(dtype).removeprefix('torch.')} adapters"
+        for kernels in (False, True):
+            given = group(dtype, kernels=kernels)
+            _, skinny = projections.project(x, x, given)
+            way = f"{'kernels' if kernels else 'torch'}, {str(dtype).removeprefix('torch.')} adapters"
 
-            def forward(given: Any = given, rows: int = rows) -> None:
-                with mock.patch.object(projections, "KERNEL_ROWS", rows):
-                    projections.project(x, x, given)
+            def backward(given: Any = given, trained: bool = True, skinny: Any = skinny) -> None:
+                needs = [projections.Needs(bias=False, A=trained, B=trained)] * len(given.terms)
+                projections.project_backward(grads, x, skinny, given, needs, need_x=True, need_u=False)
 
-            def backward(given: Any = given, rows: int = rows, trained: bool = True, skinny: Any = skinny) -> None:
-                needs = [(False, trained, trained)] * len(given)
-                with mock.patch.object(projections, "KERNEL_ROWS", rows):
-                    projections.project_backward(grads, x, skinny, given, needs, need_x=True, need_u=False)
-
-            yield f"{joined} forward", way, forward, None
-            yield f"{joined} backward", f"{way}, dx only", lambda b=backward: b(trained=False), None
+            yield f"{joined} forward", way, functools.partial(projections.project, x, x, given), None
+            yield f"{joined} backward", f"{way}, dx only", functools.partial(backward, trained=False), None
             yield f"{joined} backward", f"{way}, dx dA dB", backward, None
 
 
@@ -153,7 +190,7 @@ def main() -> int:
     sources = [
         (names[0], whole(names, device)) for names in (["q"], ["gate"], ["down"], ["q", "k", "k"], ["gate", "gate"])
     ]
-    sources += [(name, pieces(name, device)) for name in SHAPES]
+    sources += [("gate, up", activation(device)), *((name, pieces(name, device)) for name in SHAPES)]
     bare: dict[str, float] = {}
     for shape, rows in sources:
         for piece, way, call, moved in rows:

@@ -18,7 +18,7 @@ import cases
 LOSS_BAR = 2e-3
 COMPARED_STEPS = 20
 # The row that factors are relative to, and those that stand in for it where it failed.
-PEERS = ("unsloth/default", "unsloth/uncompiled", "liger/default", "hf/default")
+PEERS = ("unsloth/default", "unsloth/uncompiled", "unsloth/eager", "liger/default", "hf/default")
 # The row that losses are compared with, and what stands in where it does not fit the memory.
 REFERENCES = ("hf/default", "liger/default")
 # Seconds that import, load and first step may take beyond plain transformers.
@@ -214,8 +214,9 @@ def render(lines: Sequence[Line]) -> str:
         "checkpointing. `default` is what each contender does when nothing is chosen, `keep` a peer told to keep all",
         "activations, `recompute` and `capped` PantheraML told to recompute every layer from what waits in host",
         "memory: inputs, and for long rows all but the MLP's inner part, which alone is then computed again.",
-        "`uncompiled` is Unsloth with `UNSLOTH_COMPILE_DISABLE=1`, where its default fails. In full fine-tuning the",
-        "gradient's norm is a bfloat16 number, whose neighbours are 0.4 to 0.8 % apart.",
+        "`uncompiled` is Unsloth with `UNSLOTH_COMPILE_DISABLE=1`, where its default fails, `eager` with",
+        "`TORCHDYNAMO_DISABLE=1`. In full fine-tuning the gradient's norm is a bfloat16 number, whose neighbours are",
+        "0.4 to 0.8 % apart.",
     ]
     for name, case in cases.CASES.items():
         for call in calls_of(lines, name):
