@@ -429,9 +429,8 @@ class _Into(torch.autograd.Function):
         return gradient, None
 
 
-def _check(op: str, spec: GluSpec, shape: tuple[int, ...], out: torch.Tensor | None, **inputs: torch.Tensor) -> None:
-    require_floating(op, **inputs)
-    require_same_device(op, out=out, **inputs)
+def check_spec(op: str, spec: GluSpec) -> None:
+    """Raise a ``ConfigError`` unless the options mean something."""
     if spec.activation not in ACTIVATIONS:
         raise ConfigError(
             f"unknown activation {spec.activation!r}",
@@ -445,6 +444,12 @@ def _check(op: str, spec: GluSpec, shape: tuple[int, ...], out: torch.Tensor | N
         )
     if spec.limit is not None and not spec.limit > 0:
         raise ConfigError(f"the limit must be positive, not {spec.limit}", where=f"argument limit of {op}")
+
+
+def _check(op: str, spec: GluSpec, shape: tuple[int, ...], out: torch.Tensor | None, **inputs: torch.Tensor) -> None:
+    require_floating(op, **inputs)
+    require_same_device(op, out=out, **inputs)
+    check_spec(op, spec)
     dtypes = {name: tensor.dtype for name, tensor in inputs.items()}
     if out is not None:
         require_shape(op, "out", out, shape)

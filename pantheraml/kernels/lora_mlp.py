@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch, low_rank
-from .glu import GluSpec, glu
+from .glu import GluSpec, check_spec, glu
 from .lora_glu import Lift, lora_glu_backward, lora_glu_forward, serves
 from .lora_linear import check_projection, project_all, use_reference
 from .projections import (
@@ -264,6 +264,7 @@ def lora_mlp(
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "up_offset": up_offset, "backend": backend}
     projections = (gate, up, down)
     where = "lora_mlp"
+    check_spec(where, _spec(activation, options))
     if use_reference(where, x, backend) or dropout or any(p.magnitude is not None for p in projections):
         shared = {"dropout": dropout, "backend": backend, "where": where}
         gated, lifted = project_all(x, projections[:2], **shared)

@@ -14,7 +14,7 @@ from pantheraml.kernels.nf4_product import MAX_VECTORS
 from pantheraml.kernels.reference.lora import lora_linear as reference
 from pantheraml.kernels.reference.nf4 import nf4_dequantize
 
-from .support import DTYPES, assert_matches, random
+from .support import DTYPES, FACTOR, assert_matches, random
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 WIDTH, WIDE, RANK, SCALING = 24, 37, 4, 1.7
@@ -275,16 +275,41 @@ def test_mlp(activation, dtype, device):
     assert_matches(call("triton"), call("reference"), inputs, dtype=dtype, device=device, grad=grad, factor=CHAIN)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
     "trained", ["x", "0A", "2A", "2B", "1b"], ids=["input", "gate A", "down A", "down B", "up bias"]
 )
-def test_mlp_with_one_trained_tensor(trained, device):
-    inputs, _ = several((WIDE, WIDE, WIDTH), (WIDTH, WIDTH, WIDE))
+def test_mlp_with_one_trained_tensor(trained, dtype, device):
+    """In half precision, and without biases, the activation adds what the adapters give."""
+    inputs, _ = several((WIDE, WIDE, WIDTH), (WIDTH, WIDTH, WIDE), bias=trained == "1b" or dtype == torch.float32)
+    factor = FACTOR if dtype == torch.float32 else CHAIN
 
     def call(backend):
         return lambda **t: lora_mlp(t["x"], *projections(t, "012"), backend=backend)
 
-    assert_matches(call("triton"), call("reference"), inputs, dtype=torch.float32, device=device, grad=(trained,))
+    assert_matches(
+        call("triton"), call("reference"), inputs, dtype=dtype, device=device, grad=(trained,), factor=factor
+    )
+
+
+def test_mlp_goes_backward_twice(device):
+    """Gate and up become their gradients in the last backward alone."""
+    inputs, _ = several((WIDE, WIDE, WIDTH), (WIDTH, WIDTH, WIDE), bias=False)
+    tensors = {name: value.half().to(device) for name, value in inputs.items()}
+    x = tensors["x"].requires_grad_()
+    y = lora_mlp(x, *projections(tensors, "012"), backend="triton")
+    (first,) = torch.autograd.grad(y.float().sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(y.float().sum(), x)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", [{"activation": "swish"}, {"alpha": 2.0, "activation": "gelu"}, {"limit": -1.0}])
+def test_mlp_refuses_options_that_mean_nothing(options):
+    inputs, _ = several((WIDE, WIDE, WIDTH), (WIDTH, WIDTH, WIDE), bias=False)
+    tensors = {name: value.half() for name, value in inputs.items()}
+    for backend in ("auto", "reference"):
+        with pytest.raises(ConfigError, match="lora_mlp"):
+            lora_mlp(tensors["x"], *projections(tensors, "012"), backend=backend, **options)
 
 
 def test_mlp_with_dropout_keeps_the_formula():

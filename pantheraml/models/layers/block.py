@@ -191,7 +191,8 @@ class _Layer:
         self.inputs = n = 3 if spec.widths is None else 1
         groups = terms[:n], terms[n : n + 1], terms[n + 1 : -1], terms[-1:]
         self.fused = Fused.of(h)
-        kernels = by_kernels(h.reshape(-1, h.shape[-1]), groups)
+        flat = h.reshape(-1, h.shape[-1])
+        kernels = by_kernels(flat, groups)
         if all(served or not any(term.rank for term in group) for served, group in zip(kernels, groups)):
             # The kernels round the adapters as they read them.
             joined = [joined_A(group) for group in groups]
@@ -200,7 +201,7 @@ class _Layer:
         self.qkv, self.o, self.lift, self.down = (
             Group(group, A, kernels=served) for group, A, served in zip(groups, joined, kernels)
         )
-        joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), h[0], spec.packed)
+        joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), flat, spec.packed)
         self.joint = joint if self.fused.glu else None
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
