@@ -211,3 +211,17 @@ def test_loading_in_shards_is_told_with_what_a_rank_held(scaling):
         "loaded by 4 ranks in 61 s; a rank held at most 12.30 GiB of its GPU, 13.10 GiB until it trained, "
         "2.5 GiB of host memory besides file pages" in page
     )
+
+
+def test_gaps_of_work_that_overlaps(modules):
+    import profile_step
+    from profile_step import Gap, Interval
+
+    work = [Interval("b", 5, 9), Interval("a", 0, 4), Interval("inside", 1, 2), Interval("c", 8, 10)]
+    busy, gaps = profile_step.gaps_of(work)
+    assert busy == 9
+    assert gaps == [Gap(1, "a", "b")]
+    lines = profile_step.report([*work, Interval("a", 30, 32)], 2)
+    assert lines[0] == "2 launches, busy 0.01 ms a step"
+    assert lines[2].strip() == "20 us after c before a"
+    assert any(line.endswith(" in 1 x a") for line in lines)
