@@ -19,7 +19,7 @@ and dup, in the same pass, would take as long as one of their own: registers run
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ from .low_rank import DTYPES, MIN_RANK, MOST_SHARED, SHARED_RESERVE, Tile, combi
 from .reference.glu import ACTIVATIONS
 from .utils import LEAST_SHARED, cdiv, next_power_of_2, processors_of, shared_memory
 
-# Larger ranks leave too little room in registers.
+# With larger ranks these tiles run out of registers.
 MAX_RANK = 32
 FORWARD = Tile(64, 64, 4, 3)
 BACKWARD = Tile(32, 64, 4, 3)
@@ -99,53 +99,81 @@ def _parts(blocks: int, slots: int, tiles: int) -> int:
     return max(range(1, min(MOST_PARTS, tiles) + 1), key=filled)
 
 
+class _Sizes(NamedTuple):
+    """What both launches depend on."""
+
+    rows: int
+    width: int
+    rank: int
+    down_rank: int
+    scaling: float
+    gate_stride: int
+    up_stride: int
+    thin_stride: int
+    up_thin: int
+    factor_width: int
+    factor_rank: int
+    down_stride: int
+    spec: GluSpec
+
+    @classmethod
+    def of(cls, gate: torch.Tensor, up: torch.Tensor, lift: Lift, down: torch.Tensor | None, spec: GluSpec) -> _Sizes:
+        (rows, width), rank = gate.shape, lift.gate.shape[1]
+        factor_width, factor_rank = lift.gate.stride()
+        return cls(
+            rows,
+            width,
+            rank,
+            0 if down is None else down.shape[0],
+            lift.scaling,
+            gate.stride(0),
+            up.stride(0),
+            lift.thin.stride(0),
+            lift.up_thin,
+            factor_width,
+            factor_rank,
+            0 if down is None else down.stride(0),
+            spec,
+        )
+
+    @property
+    def largest(self) -> int:
+        """The larger of the padded ranks."""
+        return max(padded_rank(self.rank), padded_rank(self.down_rank))
+
+    def columns(self, tile: Tile) -> int:
+        """Those of a program."""
+        return min(tile.columns, max(next_power_of_2(self.width), MIN_RANK))
+
+    def arguments(self, tile: Tile, stages: int) -> dict[str, Any]:
+        """As keyword arguments of either kernel's launch."""
+        sizes = self._asdict()
+        del sizes["spec"]
+        return sizes | {
+            **self.spec.arguments(),
+            "ROWS": tile.rows,
+            "COLUMNS": self.columns(tile),
+            "RANK": padded_rank(self.rank),
+            "DOWN_RANK": padded_rank(self.down_rank),
+            "STAGES": stages,
+            "num_warps": tile.num_warps,
+            "num_stages": stages,
+        }
+
+
 @remembered
-def _forward(
-    rows: int,
-    width: int,
-    rank: int,
-    down_rank: int,
-    scaling: float,
-    strides: tuple[int, int, int, int, int],
-    up_thin: int,
-    factor_strides: tuple[int, ...],
-    spec: GluSpec,
-    tile: Tile,
-    parts: int,
-    device: torch.device,
-) -> tuple[Launch, int]:
-    """The launch and how many parts it leaves; strides of gate, up, thin, down factor and out."""
-    columns = min(tile.columns, max(next_power_of_2(width), MIN_RANK))
-    tiles = cdiv(cdiv(width, columns), parts)
-    parts = cdiv(cdiv(width, columns), tiles)
-    gate_stride, up_stride, thin_stride, down_stride, out_stride = strides
-    stages = forward_stages(max(padded_rank(rank), padded_rank(down_rank)), shared_memory(device), tile)
+def _forward(sizes: _Sizes, tile: Tile, parts: int, device: torch.device) -> tuple[Launch, int]:
+    """The launch and how many parts it leaves."""
+    blocks = cdiv(sizes.width, sizes.columns(tile))
+    tiles = cdiv(blocks, parts)
+    parts = cdiv(blocks, tiles)
     launch = Launch(
         lora_glu_forward_kernel,
-        (cdiv(rows, tile.rows), parts),
+        (cdiv(sizes.rows, tile.rows), parts),
         ("gate", "up", "thin", "gate_factor", "up_factor", "down_factor", "out", "sums"),
-        rows=rows,
-        width=width,
-        rank=rank,
-        down_rank=down_rank,
         tiles=tiles,
-        scaling=scaling,
-        gate_stride=gate_stride,
-        up_stride=up_stride,
-        thin_stride=thin_stride,
-        up_thin=up_thin,
-        factor_width=factor_strides[0],
-        factor_rank=factor_strides[1],
-        down_stride=down_stride,
-        out_stride=out_stride,
-        **spec.arguments(),
-        ROWS=tile.rows,
-        COLUMNS=columns,
-        RANK=padded_rank(rank),
-        DOWN_RANK=padded_rank(down_rank),
-        STAGES=stages,
-        num_warps=tile.num_warps,
-        num_stages=stages,
+        out_stride=sizes.width,
+        **sizes.arguments(tile, forward_stages(sizes.largest, shared_memory(device), tile)),
     )
     return launch, parts
 
@@ -177,89 +205,35 @@ def lora_glu_forward(
         [T, I], None unless kept; and [parts, T, r'] whose sum is ``out @ down.T``: float32, or one part in the dtype of
         gate; None without ``down``.
     """
-    rows, width = gate.shape
-    rank, down_rank = lift.gate.shape[1], 0 if down is None else down.shape[0]
-    out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device) if keep else None
-    strides = (
-        gate.stride(0),
-        up.stride(0),
-        lift.thin.stride(0),
-        0 if down is None else down.stride(0),
-        width,
-    )
-    launch, parts = _forward(
-        rows,
-        width,
-        rank,
-        down_rank,
-        lift.scaling,
-        strides,
-        lift.up_thin,
-        lift.gate.stride(),
-        spec,
-        tile,
-        parts,
-        gate.device,
-    )
+    sizes = _Sizes.of(gate, up, lift, down, spec)
+    launch, parts = _forward(sizes, tile, parts, gate.device)
+    out = torch.empty((sizes.rows, sizes.width), dtype=gate.dtype, device=gate.device) if keep else None
     sums = None
     if down is not None:
         dtype = gate.dtype if parts == 1 else torch.float32
-        sums = torch.empty((parts, rows, down_rank), dtype=dtype, device=gate.device)
+        sums = torch.empty((parts, sizes.rows, sizes.down_rank), dtype=dtype, device=gate.device)
     launch(gate, up, lift.thin, lift.gate, lift.up, down, out, sums)
     return out, sums
 
 
 @remembered
 def _backward(
-    rows: int,
-    width: int,
-    rank: int,
-    down_rank: int,
-    scaling: float,
-    strides: tuple[int, int, int, int, int, int],
-    up_thin: int,
-    factor_strides: tuple[int, ...],
-    spec: GluSpec,
-    tile: Tile,
-    parts: int | None,
-    device: torch.device,
+    sizes: _Sizes, dout_stride: int, down_thin_stride: int, tile: Tile, parts: int | None, device: torch.device
 ) -> tuple[Launch, int]:
-    """As ``_forward``; strides of dout, gate, up, thin, the thin that follows and its factor."""
-    columns = min(tile.columns, max(next_power_of_2(width), MIN_RANK))
-    blocks, tiles = cdiv(width, columns), cdiv(rows, tile.rows)
+    """As ``_forward``."""
+    blocks, tiles = cdiv(sizes.width, sizes.columns(tile)), cdiv(sizes.rows, tile.rows)
     if parts is None:
         parts = _parts(blocks, BACKWARD_PROGRAMS * processors_of(device), tiles)
     tiles = cdiv(tiles, parts)
-    parts = cdiv(cdiv(rows, tile.rows), tiles)
-    dout_stride, gate_stride, up_stride, thin_stride, down_thin_stride, down_stride = strides
-    stages = backward_stages(max(padded_rank(rank), padded_rank(down_rank)), shared_memory(device), tile)
+    parts = cdiv(cdiv(sizes.rows, tile.rows), tiles)
     launch = Launch(
         lora_glu_backward_kernel,
         (blocks, parts),
         ("dout", "gate", "up", "thin", "gate_factor", "up_factor", "down_thin", "down_factor", "sums"),
-        rows=rows,
-        width=width,
-        rank=rank,
-        down_rank=down_rank,
         tiles=tiles,
-        scaling=scaling,
         dout_stride=dout_stride,
-        gate_stride=gate_stride,
-        up_stride=up_stride,
-        thin_stride=thin_stride,
-        up_thin=up_thin,
-        factor_width=factor_strides[0],
-        factor_rank=factor_strides[1],
         down_thin_stride=down_thin_stride,
-        down_stride=down_stride,
-        **spec.arguments(),
-        ROWS=tile.rows,
-        COLUMNS=columns,
-        RANK=padded_rank(rank),
-        DOWN_RANK=padded_rank(down_rank),
-        STAGES=stages,
-        num_warps=tile.num_warps,
-        num_stages=stages,
+        **sizes.arguments(tile, backward_stages(sizes.largest, shared_memory(device), tile)),
         **({"maxnreg": REGISTERS} if REGISTERS else {}),
     )
     return launch, parts
@@ -294,28 +268,17 @@ def lora_glu_backward(
     Returns:
         The gradient of A, [r', I]; None without ``down``.
     """
-    rows, width = gate.shape
     thin, A = down or (None, None)
-    down_rank = 0 if A is None else A.shape[0]
-    strides = (
-        dout.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        lift.thin.stride(0),
-        0 if thin is None else thin.stride(0),
-        0 if A is None else A.stride(0),
-    )
-    rank, factor_strides, up_thin = lift.gate.shape[1], lift.gate.stride(), lift.up_thin
-    launch, parts = _backward(
-        rows, width, rank, down_rank, lift.scaling, strides, up_thin, factor_strides, spec, tile, parts, gate.device
-    )
+    sizes = _Sizes.of(gate, up, lift, A, spec)
+    launch, parts = _backward(sizes, dout.stride(0), 0 if thin is None else thin.stride(0), tile, parts, gate.device)
     if A is None:
         launch(dout, gate, up, lift.thin, lift.gate, lift.up, None, None, None)
         return None
-    sums = torch.empty((parts, width, down_rank), dtype=torch.float32, device=gate.device)
+    rank, width = A.shape
+    sums = torch.empty((parts, width, rank), dtype=torch.float32, device=gate.device)
     launch(dout, gate, up, lift.thin, lift.gate, lift.up, thin, A, sums)
     grad = torch.empty(A.shape, dtype=dtype or A.dtype, device=A.device)
-    combine = combination(rows, down_rank, None, (), grad.t().stride(), 0, parts, width, 1.0)
+    combine = combination(sizes.rows, rank, None, (), grad.t().stride(), 0, parts, width, 1.0)
     combine(sums, None, grad.t())
     return grad
 

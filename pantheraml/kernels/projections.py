@@ -202,7 +202,8 @@ def project(
         residual: [T, O], added to the output; for one term.
         out: [T, O], receives the output; for one term.
         rows: x quantised row by row, where a kernel before has done it and a base is multiplied in fp8.
-        parts: [parts, T, sum of ranks] float32 whose sum is ``u @ A.T``, where a kernel before has made it.
+        parts: [parts, T, sum of ranks] whose sum is ``u @ A.T``, as ``low_rank.narrow_parts`` leaves them, where a
+            kernel before has made them.
     """
     dtype = x.dtype
     terms, A = group.terms, group.A

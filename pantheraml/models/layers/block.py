@@ -201,8 +201,8 @@ class _Layer:
         self.qkv, self.o, self.lift, self.down = (
             Group(group, A, kernels=served) for group, A, served in zip(groups, joined, kernels)
         )
-        joint = Joint.of(self.lift, self.down, GluSpec(spec.activation), flat, spec.packed)
-        self.joint = joint if self.fused.glu else None
+        joins = self.fused.glu
+        self.joined = Joint.of(self.lift, self.down, GluSpec(spec.activation), flat, spec.packed) if joins else None
         self.normed_turn = NormedTurn.of(spec.head_norms if spec.norm_heads else None, spec.turn, h)
 
     # ------------------------------------------------------------ forward
@@ -278,14 +278,14 @@ class _Layer:
         """The activation and, where a kernel makes it as well, parts of its thin product."""
         assert state.gate is not None
         assert state.up is not None
-        if self.joint is not None:
-            return self.joint.activate(state.gate, state.up, state.skinny)
+        if self.joined is not None:
+            return self.joined.activate(state.gate, state.up, state.skinny)
         return activate(state.gate, state.up, self.spec.activation, self.fused), None
 
     def _lift(self, middle: torch.Tensor, state: _MLPState) -> None:
         state.x, state.rstd = self._norm(2, middle)
-        joint = self.joint
-        outputs, state.skinny = project(state.x, state.x, self.lift) if joint is None else joint.project(state.x)
+        joined = self.joined
+        outputs, state.skinny = project(state.x, state.x, self.lift) if joined is None else joined.project(state.x)
         if self.spec.packed is None:
             state.gate, state.up = outputs
         else:
@@ -438,10 +438,10 @@ class _Layer:
             if spec.norms[3] is not None:
                 product, parts = self._activate(state)
                 (state.branch,), state.skinny_down = project(product, product, self.down, parts=parts)
-            elif self.joint is not None:
+            elif self.joined is not None:
                 assert state.gate is not None
                 assert state.up is not None
-                state.skinny_down = self.joint.thin(state.gate, state.up, state.skinny)
+                state.skinny_down = self.joined.thin(state.gate, state.up, state.skinny)
             elif self.down.A is not None:
                 product, _ = self._activate(state)
                 state.skinny_down = thin_product(product, self.down)
@@ -460,8 +460,8 @@ class _Layer:
             activate_backward(d_product, gate, up, spec.activation, self.fused, again=trained)
             return d_product
 
-        if self.joint is not None:
-            last = self.joint.down_backward(dy, gate, up, state.skinny, state.skinny_down, needs[-1:])
+        if self.joined is not None:
+            last = self.joined.down_backward(dy, gate, up, state.skinny, state.skinny_down, needs[-1:])
         else:
             _, last = _backward([dy], through, state.skinny_down, self.down, needs[-1:])
         lifted = [gate, up] if joint is None else [joint]
