@@ -120,6 +120,7 @@ def linear_log_probs(
     top1: bool = False,
     chunk_tokens: int | None = None,
     compact: bool | None = None,
+    kept: torch.Tensor | None = None,
     backend: dispatch.Backend = "auto",
 ) -> LogProbs:
     """Log-probability of each label under ``softmax(z / temperature)``, for preference and reinforcement learning.
@@ -142,6 +143,8 @@ def linear_log_probs(
         top1: Also return whether the label's logit is the largest. Default False.
         chunk_tokens: Rows of a chunk; see ``linear_cross_entropy``.
         compact: See ``linear_cross_entropy``.
+        kept: Numbers of the rows whose label counts, in rising order, int64 [n] into the flattened labels; used where
+            ``compact`` is. None (default) finds them in the labels, for which the host waits for the device.
         backend: See ``dispatch.resolve``.
 
     Returns:
@@ -164,5 +167,6 @@ def linear_log_probs(
         top1=top1,
         chunk_tokens=chunk_tokens,
         compact=compact,
+        kept=kept,
         rows=_rows("linear_log_probs", hidden, backend),
     )

@@ -23,7 +23,7 @@ from .balance import balance_over_ranks
 from .layers import head as head_layer
 from .layers.projection import lazy_heads
 from .layers.slots import Swap, foreign_forward, install, is_installed
-from .loss import token_statistics
+from .loss import supervised, token_statistics
 from .roles import base_model, find_head, head_modules
 
 _KEY = "_pantheraml_fused_head"
@@ -149,14 +149,15 @@ def _forward(
     config = self.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    with lazy_heads():
-        result = type(self).forward(self, *args, **kwargs)
-    logits = result.logits
     if shift_labels is None:
         assert labels is not None
-        logits, targets = logits[:, :-1], labels[:, 1:]
+        targets = labels[:, 1:]
     else:
         targets = shift_labels
+    kept = supervised(targets)
+    with lazy_heads():
+        result = type(self).forward(self, *args, **kwargs)
+    logits = result.logits if shift_labels is not None else result.logits[:, :-1]
     targets = targets.to(logits.device)
     statistics = token_statistics(
         logits,
@@ -164,6 +165,7 @@ def _forward(
         outputs=tuple(name for name in fused.outputs if name != "log_probs"),
         temperature=fused.temperature,
         float32=fused.float32,
+        kept=kept,
     )
     mask = targets != -100
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

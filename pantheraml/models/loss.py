@@ -153,6 +153,7 @@ def token_statistics(
     temperature: float = 1.0,
     ignore_index: int = -100,
     float32: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> TokenStatistics:
     """Log-probability of each label, and more, without the logits where they are lazy.
 
@@ -163,6 +164,7 @@ def token_statistics(
         temperature: Divides the logits.
         ignore_index: Label of positions that do not count.
         float32: Take the head's product in float32, outside autocast.
+        kept: What :func:`supervised` says of the labels. None (default) asks it now, when the device may be busy.
 
     Returns:
         The statistics; fields that were not asked for are None.
@@ -173,13 +175,24 @@ def token_statistics(
     names = tuple(dict.fromkeys(("log_probs", *outputs)))
     source = _Source.of(logits.reshape(-1, logits.shape[-1]), temperature, float32=float32)
     targets = labels.reshape(-1).to(source.rows.device)
+    kept = supervised(targets, ignore_index) if kept is None else kept.to(targets.device)
     with source.circumstances():
         if source.linear is not None and source.affine is not None:
-            values = _by_kernel(source, targets, names, ignore_index, temperature)
+            values = _by_kernel(source, targets, kept, names, ignore_index, temperature)
         else:
-            values = _by_chunk(source, source.rows, targets, names, ignore_index)
+            values = _by_chunk(source, source.rows, targets, kept, names, ignore_index)
     shaped = {name: value.view(labels.shape).to(labels.device) for name, value in values.items()}
     return TokenStatistics(**shaped)
+
+
+def supervised(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor | None:
+    """Numbers of the labels that count, int64 [n] into the flattened labels; None on XLA, where shapes are fixed.
+
+    The host waits until the labels' device comes to it: before a forward that is no time, after it all of the forward.
+    """
+    if labels.device.type == "xla":
+        return None
+    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
 
 
 @dataclass
@@ -233,12 +246,17 @@ _DIFFERENTIABLE = ("log_probs", "entropy")
 
 
 def _by_chunk(
-    source: _Source, rows: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...], ignore_index: int
+    source: _Source,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    kept: torch.Tensor | None,
+    names: tuple[str, ...],
+    ignore_index: int,
 ) -> dict[str, torch.Tensor]:
     """Compute statistics through the real logits of one chunk of supervised positions at a time."""
     valid = labels != ignore_index
-    static = rows.device.type == "xla"
-    kept = torch.arange(labels.numel(), device=labels.device) if static else valid.nonzero().squeeze(1)
+    if kept is None:
+        kept = torch.arange(labels.numel(), device=labels.device)
 
     def chunk(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         z = source.logits(part)
@@ -265,7 +283,12 @@ def _by_chunk(
 
 
 def _by_kernel(
-    source: _Source, labels: torch.Tensor, names: tuple[str, ...], ignore_index: int, temperature: float
+    source: _Source,
+    labels: torch.Tensor,
+    kept: torch.Tensor | None,
+    names: tuple[str, ...],
+    ignore_index: int,
+    temperature: float,
 ) -> dict[str, torch.Tensor]:
     """Compute statistics with ``kernels.linear_log_probs``, and what it does not know without gradient."""
     assert source.linear is not None
@@ -284,6 +307,7 @@ def _by_kernel(
         temperature=temperature,
         entropy="entropy" in names,
         top1="is_top1" in names,
+        kept=kept,
     )
     values: dict[str, torch.Tensor] = {"log_probs": result.log_probs}
     if result.is_top1 is not None:
@@ -292,7 +316,7 @@ def _by_kernel(
         values["entropy"] = result.entropy
         if torch.is_grad_enabled() and (source.rows.requires_grad or source.trained):
             values["entropy"] = _Entropy.apply(
-                source, labels, ignore_index, result.entropy, source.rows, *source.trained
+                source, labels, kept, ignore_index, result.entropy, source.rows, *source.trained
             )
     rest = [name for name in names if name not in values]
     with torch.no_grad():
@@ -304,7 +328,7 @@ def _by_kernel(
             values["mean_logits"] = scaled.masked_fill(labels == ignore_index, 0.0)
             rest.remove("mean_logits")
         if rest:
-            values |= _by_chunk(source, source.rows, labels, tuple(rest), ignore_index)
+            values |= _by_chunk(source, source.rows, labels, kept, tuple(rest), ignore_index)
     return values
 
 
@@ -316,24 +340,25 @@ class _Entropy(torch.autograd.Function):
         ctx: Any,
         source: _Source,
         labels: torch.Tensor,
+        kept: torch.Tensor | None,
         ignore_index: int,
         entropy: torch.Tensor,
         rows: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.source, ctx.labels, ctx.ignore_index = source, labels, ignore_index
+        ctx.source, ctx.labels, ctx.kept, ctx.ignore_index = source, labels, kept, ignore_index
         return entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         source: _Source = ctx.source
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         if upstream[0] is None:
-            return (None,) * (4 + len(needed))
+            return (None,) * (5 + len(needed))
         with source.circumstances(), torch.enable_grad():
             rows = source.rows.detach().requires_grad_(needed[0])
-            entropy = _by_chunk(source, rows, ctx.labels, ("entropy",), ctx.ignore_index)["entropy"]
+            entropy = _by_chunk(source, rows, ctx.labels, ctx.kept, ("entropy",), ctx.ignore_index)["entropy"]
             wanted = [x for x, wants in zip((rows, *source.trained), needed, strict=True) if wants]
             gradients = iter(torch.autograd.grad(entropy, wanted, upstream[0], allow_unused=True))
-        return (None, None, None, None, *(next(gradients) if wants else None for wants in needed))
+        return (None, None, None, None, None, *(next(gradients) if wants else None for wants in needed))

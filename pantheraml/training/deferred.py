@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .. import xla_runtime
 
@@ -95,6 +96,19 @@ def read(figures: Iterable[Any]) -> list[Any]:
     return values
 
 
+class _Written(TorchFunctionMode):
+    """Writes a number that becomes a tensor of a GPU there, instead of copying it, for which the host would wait."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], int | float) and kwargs.keys() == {"device"}:
+            device = torch.device(kwargs["device"])
+            # On XLA a number that is written is part of the program, and another number another program.
+            if device.type not in ("cpu", "xla"):
+                return torch.full((), args[0], device=device)
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
     """Put a method on an instance for now."""
@@ -165,12 +179,19 @@ def defer_figures(trainer: Any) -> Figures | None:
     def deferring(*args: Any, **kwargs: Any) -> Any:
         accelerator = trainer.accelerator
         gather = accelerator.gather_for_metrics
+        # With outputs, which only an evaluation asks for, the model runs once more after the figures.
+        alone = not (args[2] if len(args) > 2 else kwargs.get("return_outputs", False))
 
         def gather_for_metrics(data: Any, *rest: Any, **options: Any) -> Any:
+            nonlocal alone
+            if alone:
+                # The forward is done, and what is left of the method is figures.
+                figures.enter_context(_Written())
+                alone = False
             gathered = gather(data, *rest, **options)
             return Deferred(gathered) if isinstance(gathered, torch.Tensor) else gathered
 
-        with _replaced(accelerator, "gather_for_metrics", gather_for_metrics):
+        with contextlib.ExitStack() as figures, _replaced(accelerator, "gather_for_metrics", gather_for_metrics):
             result = compute_loss(*args, **kwargs)
         if any(len(values) >= _MOST_PENDING for metrics in trainer._metrics.values() for values in metrics.values()):
             settle()

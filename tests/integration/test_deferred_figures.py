@@ -7,6 +7,7 @@ import traceback
 import pytest
 import torch
 from datasets import Dataset
+from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_support import panthera_model
 
@@ -44,12 +45,10 @@ def trainer_of(folder, tokenizer, *, kind=None, model_type="llama", **options):
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,
         max_steps=6,
-        optim="adamw_torch",
         learning_rate=1e-2,
         train_sampling_strategy="sequential",
         packing=False,
-        padding_free=False,
-        **options,
+        **{"optim": "adamw_torch", "padding_free": False} | options,
     )
     data = rows()
     model = panthera_model(model_type)
@@ -102,6 +101,114 @@ def test_a_micro_batch_is_not_read(tmp_path, tiny_tokenizer, monkeypatch):
     trainer.train()
     assert counts == [0] * 6
     assert isinstance(trainer._total_train_tokens, int)
+
+
+class Written(TorchDispatchMode):
+    """Notes how tensors of one element come to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.full.default, torch.ops.aten._to_copy.default, torch.ops.aten.lift_fresh.default):
+            self.made.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number", [3, 2.5, True])
+def test_a_number_is_written_on_the_device_and_not_copied_there(number):
+    # "meta" stands for a GPU.
+    with deferred._Written(), Written() as written:
+        tensors = [torch.tensor(number, device=device) for device in ("meta", torch.device("meta"))]
+    assert written.made == [torch.ops.aten.full.default] * 2
+    assert {(t.dtype, t.dim()) for t in tensors} == {(torch.tensor(number).dtype, 0)}
+    with deferred._Written(), Written() as written:
+        assert torch.equal(torch.tensor(number, device="cpu"), torch.tensor(number))
+        assert torch.equal(torch.tensor([number]), torch.tensor([number]))
+    assert torch.ops.aten.full.default not in written.made
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_numbers_are_written_only_while_figures_are_made(padding_free, tmp_path, tiny_tokenizer, monkeypatch):
+    trainer = trainer_of(tmp_path, tiny_tokenizer, padding_free=padding_free, logging_steps=2)
+    seen = []
+    forward = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model, "forward", lambda *a, **k: seen.append(_len_torch_function_stack()) or forward(*a, **k)
+    )
+    gather = trainer.accelerator.gather_for_metrics
+    monkeypatch.setattr(
+        trainer.accelerator,
+        "gather_for_metrics",
+        lambda *a, **k: seen.append(_len_torch_function_stack()) or gather(*a, **k),
+    )
+    trainer.train()
+    # Entropy's, the right tokens' and all tokens' sums, and their number.
+    assert seen == [0, 1, 1, 1, 1] * 6
+    assert _len_torch_function_stack() == 0
+
+
+class Order(TorchDispatchMode):
+    """Notes when the model's forward begins, and what of a batch is asked of the device."""
+
+    ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.embedding.default:
+            self.seen.append("forward")
+        elif func in self.ASKED and not any("masking_utils" in frame.filename for frame in traceback.extract_stack()):
+            self.seen.append("asked")
+        return func(*args, **(kwargs or {}))
+
+
+def test_which_labels_count_is_asked_before_the_forward(tmp_path, tiny_tokenizer):
+    trainer = trainer_of(tmp_path, tiny_tokenizer, logging_steps=6)
+    orders = []
+    step = trainer.training_step
+
+    def watching(*args, **kwargs):
+        with Order() as order:
+            result = step(*args, **kwargs)
+        orders.append(order.seen)
+        return result
+
+    trainer.training_step = watching
+    trainer.train()
+    assert orders == [["asked", "forward"]] * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only torch.cuda tells of what waits")
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_from_the_first_layer_on_a_step_does_not_wait_for_the_gpu(padding_free, tmp_path, tiny_tokenizer):
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+
+    options = {"padding_free": padding_free, "logging_steps": 1, "optim": "adamw_torch_fused"}
+    trainer = trainer_of(tmp_path, tiny_tokenizer, **options)
+    trainer.add_callback(Watch())
+    watched = []
+
+    def watch(*_):
+        # The first steps compile, and measure for the activation plan.
+        if trainer.state.global_step > 2 and trainer.model.training:
+            watched.append(trainer.state.global_step)
+            torch.cuda.set_sync_debug_mode("error")
+
+    trainer.model.get_submodule("base_model.model.model.layers.0").register_forward_pre_hook(watch)
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sorted(set(watched)) == [3, 4, 5]
 
 
 def test_figures_do_not_pile_up(tmp_path, tiny_tokenizer, monkeypatch):

@@ -65,12 +65,12 @@ class Selection(NamedTuple):
         return values.new_zeros((tokens, *values.shape[1:])).index_copy_(0, self.index, values)
 
 
-def select(labels: torch.Tensor, plan: Plan) -> Selection:
-    """Find the rows whose label counts."""
+def select(labels: torch.Tensor, plan: Plan, kept: torch.Tensor | None = None) -> Selection:
+    """Find the rows whose label counts; ``kept`` are their numbers where the caller knows them."""
     valid = labels != plan.ignore_index
     if not plan.compact:
         return Selection(None, torch.where(valid, labels, 0), valid, labels.shape[0])
-    index = valid.nonzero().squeeze(1)
+    index = valid.nonzero().squeeze(1) if kept is None else kept
     rows = index.shape[0]
     if rows == labels.shape[0]:
         return Selection(None, labels, None, rows)

@@ -134,11 +134,12 @@ class _LinearLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        kept: torch.Tensor | None,
         plan: Plan,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         wide = accumulation_dtype(plan.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            selection = select(labels, plan)
+            selection = select(labels, plan, kept)
             head = _head(hidden, weight, bias, selection, plan)
             coefficients = torch.full((selection.rows,), -plan.gradient_factor, dtype=wide, device=hidden.device)
             coefficients = selection.silence(coefficients)
@@ -177,7 +178,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if not plan.trains_head:
             (unit,) = ctx.saved_tensors
             rows = scaled(unit, (grad / plan.gradient_factor).unsqueeze(1), ctx.hidden_dtype)
-            return selection.spread(rows, ctx.tokens), None, None, None, None
+            return selection.spread(rows, ctx.tokens), None, None, None, None, None
         hidden, weight, bias = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(hidden, weight, bias, selection, plan)
@@ -189,7 +190,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_hidden = selection.spread(grad_hidden, ctx.tokens)
             grad_weight = scaled(head.weight_gradient, factor, weight.dtype)
             grad_bias = None if head.bias_gradient is None else scaled(head.bias_gradient, factor, ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -336,6 +337,7 @@ def linear_log_probs(
     top1: bool = False,
     chunk_tokens: int | None = None,
     compact: bool | None = None,
+    kept: torch.Tensor | None = None,
     rows: RowStep = eager_rows,
 ) -> LogProbs:
     """Log-probability of every label under ``softmax(hidden @ weight.T + bias)``; see ``kernels.linear_log_probs``.
@@ -359,7 +361,13 @@ def linear_log_probs(
         entropy=entropy,
         top1=top1,
     )
-    log_probs, row_entropy, is_top1 = _LinearLogProbs.apply(flat, matrix, bias, flat_labels, plan)
+    if kept is not None and (kept.dim() != 1 or kept.dtype != torch.int64 or kept.device != flat.device):
+        raise ConfigError(
+            f"kept is {kept.dtype} {list(kept.shape)} on {kept.device}",
+            where="linear_log_probs",
+            hint=f"it is a list of rows: int64 [n] on {flat.device}",
+        )
+    log_probs, row_entropy, is_top1 = _LinearLogProbs.apply(flat, matrix, bias, flat_labels, kept, plan)
     return LogProbs(
         log_probs.view(labels.shape),
         None if row_entropy is None else row_entropy.view(labels.shape),
