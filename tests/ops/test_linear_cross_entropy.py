@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pantheraml.errors import ArgumentError, ConfigError, ConflictError, UnsupportedError
 from pantheraml.kernels import linear_cross_entropy, linear_log_probs
@@ -153,6 +154,49 @@ def test_accumulation_window_has_one_mean():
         for part in (slice(0, 3), slice(3, None))
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+@HEAD
+def test_rows_that_are_known_are_not_looked_for(grad):
+    leaves = tensors()
+    labels = leaves["labels"].view(1, -1)
+    kept = (labels.flatten() != -100).nonzero().squeeze(1)
+
+    def run(**options):
+        inputs = {name: leaves[name].clone().requires_grad_(name in grad) for name in ("hidden", "weight", "bias")}
+        hidden = inputs["hidden"].view(*labels.shape, -1)
+        result = linear_log_probs(
+            hidden, inputs["weight"], labels, bias=inputs["bias"], entropy=True, top1=True, chunk_tokens=4, **options
+        )
+        upstream = torch.linspace(0.5, 1.5, labels.numel()).view(labels.shape)
+        return [*result, *torch.autograd.grad(result.log_probs, [inputs[name] for name in grad], upstream)]
+
+    with Searches() as searches:
+        ours = run(kept=kept)
+    assert searches.count == 0
+    with Searches() as searches:
+        assert all(map(torch.equal, ours, run()))
+    assert searches.count == 1
+
+
+class Searches(TorchDispatchMode):
+    """Counts searches for what is not zero, whose number of results the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kept", [torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2), torch.zeros(2).long().to("meta")]
+)
+def test_known_rows_that_are_none(kept):
+    with pytest.raises(ConfigError, match="kept"):
+        linear_log_probs(HIDDEN, WEIGHT, LABELS, kept=kept)
 
 
 @COMPACT
