@@ -209,12 +209,15 @@ class NonFiniteGuard(TrainerCallback):
         """Over all ranks: how many steps are bad, the tokens, who wants to stop; for each rank if its loss is bad."""
         args = self._trainer.args
         facts = torch.zeros(3 + args.world_size, dtype=torch.int64, device=loss.device)
+        facts[0] = loss | gradient
         # Assigned, a number would be copied to the device, and the host would wait for all that it has still to do.
-        facts[0].add_(loss | gradient)
-        facts[1].add_(tokens)
+        if isinstance(tokens, torch.Tensor):
+            facts[1] = tokens
+        else:
+            facts[1].fill_(tokens)
         if self.stop_asked:
             facts[2].fill_(1)
-        facts[3 + args.process_index].add_(loss)
+        facts[3 + args.process_index] = loss
         if args.world_size > 1 and dist.is_available() and dist.is_initialized():
             dist.all_reduce(facts)
         return facts
