@@ -143,8 +143,8 @@ def linear_log_probs(
         top1: Also return whether the label's logit is the largest. Default False.
         chunk_tokens: Rows of a chunk; see ``linear_cross_entropy``.
         compact: See ``linear_cross_entropy``.
-        kept: Numbers of the rows whose label counts, in rising order, int64 [n] into the flattened labels; used where
-            ``compact`` is. None (default) finds them in the labels, for which the host waits for the device.
+        kept: Numbers of the rows whose label counts, in rising order, int64 [n] into the flattened labels; not with
+            ``compact=False``. None (default) finds them in the labels, for which the host waits for the device.
         backend: See ``dispatch.resolve``.
 
     Returns:
@@ -152,6 +152,7 @@ def linear_log_probs(
 
     Raises:
         ConfigError: Shapes, devices or options do not fit.
+        ConflictError: ``kept`` where rows are not compacted.
         UnsupportedError: The weight is a DTensor, or ``backend`` cannot be honoured.
     """
     return reference.linear_log_probs(

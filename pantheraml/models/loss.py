@@ -22,7 +22,7 @@ from ..errors import unknown_arguments
 from .layers.chain import Affine, as_affine
 from .layers.lazy import LazyLogits, Node, handles
 
-__all__ = ["TokenStatistics", "token_statistics"]
+__all__ = ["TokenStatistics", "supervised", "token_statistics"]
 
 # Float32 logits of one chunk where the head has to be called as it is.
 CHUNK_BYTES = 128 * 2**20
@@ -34,12 +34,14 @@ def _bounds(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, rows)
 
 
-def _supervised(rows: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drop rows whose label is ignored, where shapes may depend on values."""
-    if rows.device.type == "xla":
-        return rows, labels
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    return (rows, labels) if kept.numel() == labels.numel() else (rows[kept], labels[kept])
+def supervised(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor | None:
+    """Numbers of the labels that count, int64 [n] into the flattened labels; None on XLA, where shapes are fixed.
+
+    The host waits until the labels' device comes to it: before a forward that is no time, after it all of the forward.
+    """
+    if labels.device.type == "xla":
+        return None
+    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
 
 
 def _per_chunk(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -105,7 +107,9 @@ def _linear_cross_entropy(
             logit_scale=affine.logit_scale,
             reduction=reduction,
         )
-    rows, kept = _supervised(node.rows, labels, ignore_index)
+    rows, targets, kept = node.rows, labels, supervised(labels, ignore_index)
+    if kept is not None and kept.numel() < labels.numel():
+        rows, targets = rows[kept], labels[kept]
 
     def chunk_loss(chunk: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(
@@ -119,7 +123,7 @@ def _linear_cross_entropy(
     # Keeps an all-ignored batch connected to the model.
     total = node.rows[:0].sum(dtype=torch.float32)
     for start, stop in _bounds(rows.shape[0], node.projection.out_features):
-        total = total + _per_chunk(chunk_loss, rows[start:stop], kept[start:stop])
+        total = total + _per_chunk(chunk_loss, rows[start:stop], targets[start:stop])
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
@@ -175,7 +179,11 @@ def token_statistics(
     names = tuple(dict.fromkeys(("log_probs", *outputs)))
     source = _Source.of(logits.reshape(-1, logits.shape[-1]), temperature, float32=float32)
     targets = labels.reshape(-1).to(source.rows.device)
-    kept = supervised(targets, ignore_index) if kept is None else kept.to(targets.device)
+    if kept is None or targets.device.type == "xla":
+        # The labels may come from a host whose head is on XLA.
+        kept = supervised(targets, ignore_index)
+    else:
+        kept = kept.to(targets.device)
     with source.circumstances():
         if source.linear is not None and source.affine is not None:
             values = _by_kernel(source, targets, kept, names, ignore_index, temperature)
@@ -183,16 +191,6 @@ def token_statistics(
             values = _by_chunk(source, source.rows, targets, kept, names, ignore_index)
     shaped = {name: value.view(labels.shape).to(labels.device) for name, value in values.items()}
     return TokenStatistics(**shaped)
-
-
-def supervised(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor | None:
-    """Numbers of the labels that count, int64 [n] into the flattened labels; None on XLA, where shapes are fixed.
-
-    The host waits until the labels' device comes to it: before a forward that is no time, after it all of the forward.
-    """
-    if labels.device.type == "xla":
-        return None
-    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
 
 
 @dataclass

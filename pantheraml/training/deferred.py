@@ -2,8 +2,9 @@
 
 TRL's ``SFTTrainer`` sums entropy, accuracy and tokens over the ranks and reads each sum at once, so the host waits for
 the forward before it launches the backward. Here those reads are put off: TRL's own code computes with figures that
-stay on the device, and ``log`` reads all of them in one transfer just before TRL averages them. The values are the same
-to the last bit.
+stay on the device, and ``log`` reads all of them in one transfer just before TRL averages them. A number that TRL makes
+a tensor of is written on the device, not copied there, for which the host would wait too. The values are the same to
+the last bit.
 """
 
 from __future__ import annotations
@@ -101,11 +102,11 @@ class _Written(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and isinstance(args[0], int | float) and kwargs.keys() == {"device"}:
-            device = torch.device(kwargs["device"])
+        if func is torch.tensor and len(args) == 1 and isinstance(args[0], int | float) and kwargs.keys() == {"device"}:
+            given = kwargs["device"]
             # On XLA a number that is written is part of the program, and another number another program.
-            if device.type not in ("cpu", "xla"):
-                return torch.full((), args[0], device=device)
+            if given is not None and torch.device(given).type not in ("cpu", "xla"):
+                return torch.full((), args[0], device=given)
         return func(*args, **kwargs)
 
 

@@ -211,10 +211,7 @@ class NonFiniteGuard(TrainerCallback):
         facts = torch.zeros(3 + args.world_size, dtype=torch.int64, device=loss.device)
         facts[0] = loss | gradient
         # Assigned, a number would be copied to the device, and the host would wait for all that it has still to do.
-        if isinstance(tokens, torch.Tensor):
-            facts[1] = tokens
-        else:
-            facts[1].fill_(tokens)
+        facts[1].fill_(tokens)
         if self.stop_asked:
             facts[2].fill_(1)
         facts[3 + args.process_index] = loss

@@ -18,16 +18,27 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FIGURES = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 
 
-class Reads(TorchDispatchMode):
-    """Counts readings from the device, without those of transformers' question whether a mask hides anything."""
+NOTED = {
+    torch.ops.aten._local_scalar_dense.default: "read",
+    torch.ops.aten.nonzero.default: "searched",
+    torch.ops.aten.embedding.default: "forward",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes readings from the device and searches on it, and where the model's forward begins.
+
+    Without those of transformers' question whether a mask hides anything.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += not any("masking_utils" in frame.filename for frame in traceback.extract_stack())
+        name = NOTED.get(func)
+        if name is not None and not any("masking_utils" in frame.filename for frame in traceback.extract_stack()):
+            self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -86,20 +97,21 @@ def test_every_logged_figure_is_that_of_stock(model_type, steps, tmp_path, tiny_
     assert {type(value) for value in numbers} <= {int, float}
 
 
-def test_a_micro_batch_is_not_read(tmp_path, tiny_tokenizer, monkeypatch):
+def test_a_micro_batch_is_asked_once_before_its_forward(tmp_path, tiny_tokenizer):
     trainer = trainer_of(tmp_path, tiny_tokenizer, logging_steps=2)
-    counts = []
+    waits = []
     step = trainer.training_step
 
-    def counting(*args, **kwargs):
-        with Reads() as reads:
+    def watching(*args, **kwargs):
+        with Waits() as micro_batch:
             result = step(*args, **kwargs)
-        counts.append(reads.count)
+        waits.append(micro_batch.seen)
         return result
 
-    trainer.training_step = counting
+    trainer.training_step = watching
     trainer.train()
-    assert counts == [0] * 6
+    # Which labels count.
+    assert waits == [["searched", "forward"]] * 6
     assert isinstance(trainer._total_train_tokens, int)
 
 
@@ -125,7 +137,8 @@ def test_a_number_is_written_on_the_device_and_not_copied_there(number):
     assert {(t.dtype, t.dim()) for t in tensors} == {(torch.tensor(number).dtype, 0)}
     with deferred._Written(), Written() as written:
         assert torch.equal(torch.tensor(number, device="cpu"), torch.tensor(number))
-        assert torch.equal(torch.tensor([number]), torch.tensor([number]))
+        assert torch.equal(torch.tensor(number, device=None), torch.tensor(data=number))
+        assert torch.tensor([number], device="meta").shape == (1,)
     assert torch.ops.aten.full.default not in written.made
 
 
@@ -147,39 +160,6 @@ def test_numbers_are_written_only_while_figures_are_made(padding_free, tmp_path,
     # Entropy's, the right tokens' and all tokens' sums, and their number.
     assert seen == [0, 1, 1, 1, 1] * 6
     assert _len_torch_function_stack() == 0
-
-
-class Order(TorchDispatchMode):
-    """Notes when the model's forward begins, and what of a batch is asked of the device."""
-
-    ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.embedding.default:
-            self.seen.append("forward")
-        elif func in self.ASKED and not any("masking_utils" in frame.filename for frame in traceback.extract_stack()):
-            self.seen.append("asked")
-        return func(*args, **(kwargs or {}))
-
-
-def test_which_labels_count_is_asked_before_the_forward(tmp_path, tiny_tokenizer):
-    trainer = trainer_of(tmp_path, tiny_tokenizer, logging_steps=6)
-    orders = []
-    step = trainer.training_step
-
-    def watching(*args, **kwargs):
-        with Order() as order:
-            result = step(*args, **kwargs)
-        orders.append(order.seen)
-        return result
-
-    trainer.training_step = watching
-    trainer.train()
-    assert orders == [["asked", "forward"]] * 6
 
 
 @pytest.mark.gpu

@@ -199,6 +199,11 @@ def test_known_rows_that_are_none(kept):
         linear_log_probs(HIDDEN, WEIGHT, LABELS, kept=kept)
 
 
+def test_known_rows_are_not_for_all_rows_in_place():
+    with pytest.raises(ConflictError, match="kept"):
+        linear_log_probs(HIDDEN, WEIGHT, LABELS, kept=torch.arange(2), compact=False)
+
+
 @COMPACT
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_nothing_to_learn_is_zero_and_connected(tokens, compact):

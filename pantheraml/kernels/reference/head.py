@@ -67,10 +67,10 @@ class Selection(NamedTuple):
 
 def select(labels: torch.Tensor, plan: Plan, kept: torch.Tensor | None = None) -> Selection:
     """Find the rows whose label counts; ``kept`` are their numbers where the caller knows them."""
-    valid = labels != plan.ignore_index
     if not plan.compact:
+        valid = labels != plan.ignore_index
         return Selection(None, torch.where(valid, labels, 0), valid, labels.shape[0])
-    index = valid.nonzero().squeeze(1) if kept is None else kept
+    index = (labels != plan.ignore_index).nonzero().squeeze(1) if kept is None else kept
     rows = index.shape[0]
     if rows == labels.shape[0]:
         return Selection(None, labels, None, rows)

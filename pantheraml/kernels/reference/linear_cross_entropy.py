@@ -361,6 +361,12 @@ def linear_log_probs(
         entropy=entropy,
         top1=top1,
     )
+    if kept is not None and not plan.compact:
+        raise ConflictError(
+            "kept lists rows to compute, and all rows are computed in place",
+            where="linear_log_probs, arguments kept and compact",
+            hint="leave kept out, or pass compact=True",
+        )
     if kept is not None and (kept.dim() != 1 or kept.dtype != torch.int64 or kept.device != flat.device):
         raise ConfigError(
             f"kept is {kept.dtype} {list(kept.shape)} on {kept.device}",
