@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import log
+from ..models.checkpointing import cache_setting
 
 SMALL_FILES = 64 * 10**6  # bytes allowed for config, tokenizer and headers in disk checks
 
@@ -47,6 +48,10 @@ def write_config(
         config.quantization_config = quantization
     config.dtype = dtype
     config.architectures = [type(base).__name__]
+    cache = cache_setting(base)
+    if cache is not None:
+        # Off for training alone: whoever loads the folder is to generate with it.
+        config.use_cache = cache
     text = config.get_text_config()
     text.dtype = dtype
     if untied:

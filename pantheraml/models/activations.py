@@ -18,6 +18,7 @@ under checkpointing is ours, per instance. Recomputation is the non-reentrant ki
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections import Counter
@@ -227,6 +228,21 @@ class ActivationPlan:
         # What happened to this rank alone, until the others are told.
         self._ran_out = self._unpinned = False
         self._stash = HostStash(self._without_host)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationPlan:
+        """The plan of a copied model, which has measured nothing yet. What is gathered is not copied either."""
+        copied = type(self).__new__(type(self))
+        # The layers lead back here, so they must find this before they are copied.
+        memo[id(self)] = copied
+        copied.__init__(  # type: ignore[misc]
+            [copy.deepcopy(layer, memo) for layer in self._layers],
+            self.mode,
+            fraction=self.fraction,
+            memory=self._memory,
+            costs=self._costs,
+            host_memory=self._host_memory,
+        )
+        return copied
 
     @property
     def kept(self) -> int:

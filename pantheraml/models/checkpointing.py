@@ -69,6 +69,12 @@ def set_checkpointing(model: nn.Module, mode: bool | str) -> None:
         config.use_cache = False
 
 
+def cache_setting(model: nn.Module) -> bool | None:
+    """The configuration's ``use_cache`` as it is without checkpointing; None for a model that has none."""
+    inner: Any = inner_model(model)
+    return getattr(inner, _CACHE_ATTRIBUTE, getattr(getattr(inner, "config", None), "use_cache", None))
+
+
 def configured_mode(model: nn.Module) -> bool | str:
     """The mode the model was loaded or adapted with; True for a model that PantheraML did not load."""
     record = record_of(model)

@@ -21,6 +21,7 @@ from pantheraml import save as facade
 from pantheraml.errors import CheckpointError, ConfigError, ConflictError, UnsupportedError
 from pantheraml.export import dense, merge, parameters, verify
 from pantheraml.export.merge import save_merged
+from pantheraml.models.checkpointing import set_checkpointing
 from pantheraml.models.record import ModelRecord, attach_record
 
 MOE = {"num_experts_per_tok": 2}
@@ -380,6 +381,18 @@ def test_folder_is_complete_and_other_files_stay(tmp_path, tiny_tokenizer):
     assert reloaded.padding_side == "left"
     assert reloaded.chat_template == tiny_tokenizer.chat_template
     assert tiny_tokenizer.padding_side == side
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_cache_that_is_off_for_training_alone_is_on_in_the_folder(tmp_path, stated):
+    model = adapted(make_tiny("llama", use_cache=stated))
+    set_checkpointing(model, "unsloth")
+    assert model.config.use_cache is False
+    save_merged(model, tmp_path, None)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is stated
+    assert model.config.use_cache is False
+    set_checkpointing(model, mode=False)
+    assert model.config.use_cache is stated
 
 
 def test_lora_saves_what_plain_peft_loads(tmp_path, tiny_llama_dir, tiny_tokenizer):

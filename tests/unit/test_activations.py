@@ -57,6 +57,26 @@ def test_every_mode_gives_the_same_gradients_bit_for_bit(value, fused):
             assert torch.equal(grad, expected[name]), name
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["stock layers", "layers as nodes"])
+@pytest.mark.parametrize("value", ["auto", True, "offload", False], ids=str)
+def test_a_copy_of_a_model_trains_by_its_own_plan(value, fused):
+    """As a reference model of a preference trainer, or the best model so far that somebody keeps."""
+    model = make_tiny("llama", num_hidden_layers=4)
+    if fused:
+        adapt(model)
+    plan = set_activation_plan(model, value)
+    expected = gradients(model)
+    copied = copy.deepcopy(model)
+    assert copied.activation_plan is not plan
+    assert copied.activation_plan.mode == plan.mode
+    assert all(layer._gradient_checkpointing_func.__self__ is copied.activation_plan for layer in copied.model.layers)
+    model.zero_grad()
+    for name, grad in gradients(copied).items():
+        assert torch.equal(grad, expected[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(set(map(id, copied.activation_plan._layers)) & set(map(id, copied.model.layers))) == 4
+
+
 class Allocator:
     """Stands in for the device: a layer that keeps its activations holds ``keep`` bytes a token until backward."""
 
