@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, ConflictError, UnsupportedError
 from . import dispatch
+from ._once import once_differentiable
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference import cross_entropy as reference

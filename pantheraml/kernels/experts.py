@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError
 from . import dispatch
+from ._once import once_differentiable
 from .four_bit_stack import FourBitStack, dense
 from .glu import packed_glu
 from .grouped_gemm import (

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
+from ._once import once_differentiable
 from ._triton import Launch, jit, on_device, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.glu import ACTIVATIONS, split

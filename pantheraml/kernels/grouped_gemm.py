@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
+from ._once import once_differentiable
 from .four_bit_stack import FourBitStack, dense
 from .grouped_products import DTYPES, columns_times, rows_times
 from .reference import grouped_gemm as reference

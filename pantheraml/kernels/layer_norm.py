@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from ._once import once_differentiable
 from ._row_pieces import chips, columns_of, load_parameter, mask_of, row_pieces, store_partial, sum_partials
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import env
 from ..errors import ConfigError, UnsupportedError
 from . import dispatch
+from ._once import once_differentiable
 from .fp8_linear import Fp8Weight, Nf4Fp8Weight
 from .projections import (
     Adapter,

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, low_rank
+from ._once import once_differentiable
 from .glu import GluSpec, check_spec, glu
 from .lora_glu import Lift, lora_glu_backward, lora_glu_forward, serves
 from .lora_linear import check_projection, project_all, use_reference

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from ._once import once_differentiable
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import qk_norm_rotary as qk_norm_rotary_reference

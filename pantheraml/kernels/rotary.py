@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError, UnsupportedError
 from . import dispatch
+from ._once import once_differentiable
 from ._triton import Launch, jit, remembered, tl
 from ._variants import Variant, bfloat16_minimum
 from .reference.rotary import rotary as rotary_reference

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError, ConfigError
 from . import dispatch
+from ._once import once_differentiable
 from ._triton import jit, on_device, tl
 from ._variants import Variant, bfloat16_minimum
 from .utils import cdiv, next_power_of_2

@@ -351,6 +351,7 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
     if request.lora_dropout:
         log.once("lora_dropout > 0: what is dropped is drawn layer by layer, and training is slower than without")
     from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     # PEFT copies modules that are trained in full.
     parts.gather([m for name, m in model.named_modules() if name.rpartition(".")[2] in (config.modules_to_save or ())])
@@ -360,7 +361,7 @@ def make_peft_model(model: Any, request: AdapterRequest) -> Any:
         wrapped = get_peft_model(model, config)
     if scheme is not None:
         qat.prepare(wrapped, scheme)
-    reached = len(targets.matched)
+    reached = sum(isinstance(m, LoraLayer) and not hasattr(m, "parameter_name") for m in wrapped.modules())
     log.info(
         f"LoRA r={request.r} on {reached} layers"
         + (f" and {len(targets.parameters)} expert parameters" if targets.parameters else "")

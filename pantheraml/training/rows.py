@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling
 
 from .. import log
+from .._compat.trl import explicit_names
 from ..data.responses import with_labels
 from ..errors import DataError
 
@@ -24,6 +25,7 @@ WORKER_BYTES = 1024**3
 # Two sizes, because a function of one row may return two texts for anything.
 _PROBED = (2, 3)
 
+_CHATS = ("messages", "conversations", "prompt", "completion")
 # Columns of which all together make rows that TRL can train on. The text column's name is the user's.
 _USABLE = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"})
 
@@ -73,6 +75,7 @@ def prepare(
     if formatting_func is not None and "input_ids" not in first and not (only_if_needed and is_usable(first, args)):
         dataset = _formatted(dataset, formatting_func, args.dataset_text_field, workers)
         first = dict(next(iter(dataset)))
+    dataset = _texts_alone(dataset, first, args)
     if not is_usable(first, args):
         raise NoColumnError(
             f"the {name} data set has no column to train on",
@@ -87,6 +90,24 @@ def prepare(
 def is_usable(row: Mapping[str, Any], args: Any) -> bool:
     """Whether a row has columns that TRL can train on."""
     return any(needed <= row.keys() for needed in (*_USABLE, {args.dataset_text_field}))
+
+
+def _texts_alone(dataset: Any, row: Mapping[str, Any], args: Any) -> Any:
+    """Leave out the columns that would be trained on instead of texts that the caller means.
+
+    A text beside ``conversations`` has been made of them, and a text column that the caller names is meant, unless an
+    option asks for what only the other columns tell.
+    """
+    field = args.dataset_text_field
+    others = [name for name in _CHATS if name in row and name != field]
+    if not others or "input_ids" in row or not isinstance(row.get(field), str):
+        return dataset
+    if getattr(args, "assistant_only_loss", False) or getattr(args, "completion_only_loss", None):
+        return dataset
+    if others != ["conversations"] and "dataset_text_field" not in explicit_names(args):
+        return dataset
+    log.info(f"column {field!r} is trained on, not {' and '.join(map(repr, others))} beside it")
+    return dataset.remove_columns(others)
 
 
 def workers_for(dataset: Any) -> int | None:
@@ -107,15 +128,26 @@ def _formatted(
     dataset: Dataset | IterableDataset, function: Callable[..., Any], field: str, workers: dict[str, Any]
 ) -> Any:
     columns = list(next(iter(dataset)))
-    rows = list(dataset.take(_PROBED[-1]))
+    rows: list[Any] = list(dataset.take(_PROBED[-1]))
     cycled = rows * _PROBED[-1]
-    if all(_is_batched(function, {column: [row[column] for row in cycled[:n]] for column in columns}) for n in _PROBED):
-        return dataset.map(
-            lambda several: {field: list(function(several))}, batched=True, remove_columns=columns, **workers
-        )
-    texts = function(rows[0])
-    if isinstance(texts, str):
+    # A function of one row may return as many strings as it gets rows: slices of a list, or one text whatever it gets.
+    # So what it makes of one row comes first.
+    if isinstance(_tried(function, rows[0]), str):
         return dataset.map(lambda row: {field: function(row)}, remove_columns=columns, **workers)
+    if all(_is_batched(function, {column: [row[column] for row in cycled[:n]] for column in columns}) for n in _PROBED):
+
+        def formatted(several: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+            texts, count = list(function(several)), len(next(iter(several.values())))
+            if len(texts) != count:
+                raise DataError(
+                    f"formatting_func returns {len(texts)} texts for {count} rows",
+                    where="argument formatting_func",
+                    hint="return one string for each row of a batch, and leave rows out with dataset.filter before",
+                )
+            return {field: texts}
+
+        return dataset.map(formatted, batched=True, remove_columns=columns, **workers)
+    texts = function(rows[0])
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
 
         def exploded(several: Mapping[str, list[Any]]) -> dict[str, list[str]]:
@@ -131,13 +163,17 @@ def _formatted(
     )
 
 
+def _tried(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """What ``function`` returns; None where it stumbles, as one of a row may over lists, and the other way round."""
+    try:
+        return function(given)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+        return None
+
+
 def _is_batched(function: Callable[..., Any], batch: Mapping[str, list[Any]]) -> bool:
     """Whether ``function`` takes this batch: it returns a text for each row."""
-    try:
-        texts = function(batch)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-        # A function of one row may well stumble over lists.
-        return False
+    texts = _tried(function, batch)
     count = len(next(iter(batch.values())))
     return isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
+import pantheraml
 from pantheraml.device import is_installed
 from pantheraml.errors import ArgumentError, ConfigError, ConflictError, UnsupportedError
 from pantheraml.models import FastLanguageModel, FastModel, add_new_tokens
@@ -451,6 +452,19 @@ def test_tied_embedding_and_head_stay_one(tmp_path, options):
     trained = {id(p) for name, p in tuned.named_parameters() if "modules_to_save" in name}
     assert len(trained) == 1
     assert base.model.embed_tokens.weight is base.lm_head.weight
+    # PEFT's copy of the head states the embedding's sizes: the logits have those of its weight.
+    stock, _ = FastLanguageModel.from_pretrained(str(tmp_path), load_in_4bit=False)
+    pantheraml.restore(stock)
+    for mode in ("train", "eval"):
+        getattr(tuned, mode)()
+        assert tuned(IDS).logits.shape == (*IDS.shape, base.config.vocab_size)
+        torch.testing.assert_close(tuned(IDS).logits[:], stock(IDS).logits, rtol=0, atol=1e-5)
+        ours, theirs = (m(IDS, labels=IDS).loss for m in (tuned, stock))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    ours.backward()
+    theirs.backward()
+    (grad,) = (p.grad for p in tuned.parameters() if id(p) in trained)
+    torch.testing.assert_close(grad, stock.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_new_tokens_force_embedding_and_head(loaded, tiny_llama_dir):

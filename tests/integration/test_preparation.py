@@ -117,6 +117,46 @@ def test_rows_are_those_of_trl(kind, cut, tokenizer, tmp_path):
     assert set(theirs.column_names) == set(stored.column_names)
 
 
+BESIDE = {
+    "conversations": [{"role": "user", "content": "dog"}, {"role": "assistant", "content": "fox"}],
+    "sharegpt": [{"from": "human", "value": "dog"}, {"from": "gpt", "value": "fox"}],
+    "messages": CHATS[0],
+    "prompt": "what is",
+}
+
+
+@pytest.mark.parametrize(
+    ("beside", "options", "meant"),
+    [
+        ("conversations", {}, True),
+        ("sharegpt", {}, True),
+        ("messages", {}, False),
+        ("prompt", {}, False),
+        ("messages", {"dataset_text_field": "text"}, True),
+        ("prompt", {"dataset_text_field": "text"}, True),
+        ("prompt", {"dataset_text_field": "text", "completion_only_loss": True}, False),
+        ("conversations", {"dataset_text_field": "body"}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+def test_a_text_that_was_made_of_chats_is_what_is_trained(beside, options, meant, streamed, model, tokenizer, tmp_path):
+    """Scripts add a column of texts beside the conversations, and may name it."""
+    column = "conversations" if beside == "sharegpt" else beside
+    rows = {"text": ["The quick brown fox"] * 4, column: [BESIDE[beside]] * 4}
+    if beside == "prompt":
+        rows["completion"] = [" a fox"] * 4
+    dataset = Dataset.from_dict(rows)
+    if streamed:
+        dataset, options = dataset.to_iterable_dataset(), options | {"max_steps": 1}
+    trainer = trainer_of(model, tokenizer, dataset, tmp_path, eval_strategy="no", **options)
+    text = tokenizer.decode(next(iter(trainer.train_dataset))["input_ids"])
+    assert ("quick" in text) is meant
+    assert any(word in text for word in ("dog", "hello", "what is")) is not meant
+    evaluated = trainer.evaluate(Dataset.from_dict(rows))
+    assert evaluated["eval_loss"] > 0
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
 def test_packed_and_shuffled_rows_are_those_of_trl(kind, strategy, tokenizer, tmp_path):

@@ -239,6 +239,39 @@ def test_evaluation_on_new_rows_and_formatting(tmp_path, tiny_tokenizer):
     assert trainer.evaluate(Dataset.from_dict({"text": ["<s>one is uno"]}))["eval_loss"] > 0
 
 
+# What a function of one row makes of two or three rows at once may be as many strings, by accident.
+ONE_ROW = {
+    "cut": lambda row: row["text"][:2],
+    "chosen": lambda row: row["good"] if row["flag"] else row["bad"],
+    "compared": lambda row: row["good"] if row["flag"] == 1 else row["bad"],
+    "joined": lambda row: row["text"] + row["bad"],
+}
+
+
+@pytest.mark.parametrize("kind", ONE_ROW)
+def test_a_formatting_function_of_one_row_gets_one_row(kind, tmp_path, tiny_tokenizer):
+    columns = {
+        "text": [f"text {i}" for i in range(6)],
+        "good": [f"good {i}" for i in range(6)],
+        "bad": [f"bad {i}" for i in range(6)],
+        "flag": [1, 0, 1, 0, 0, 1],
+    }
+    rows = Dataset.from_dict(columns)
+    trainer = sft(tmp_path, tiny_tokenizer, dataset=rows, formatting_func=ONE_ROW[kind])
+    texts = [tiny_tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in trainer.train_dataset]
+    assert sorted(texts) == sorted(map(ONE_ROW[kind], rows))
+
+
+def test_a_formatting_function_that_drops_rows_of_a_batch_is_refused(tmp_path, tiny_tokenizer):
+    rows = Dataset.from_dict({"q": ["one", "two", "three", "skip"]})
+
+    def formatted(several):
+        return [f"say {q}" for q in several["q"] if q != "skip" or len(several["q"]) < 4]
+
+    with pytest.raises(DataError, match="3 texts for 4 rows"):
+        sft(tmp_path, tiny_tokenizer, dataset=rows, formatting_func=formatted)
+
+
 # ---- PantheraMLTrainer
 
 

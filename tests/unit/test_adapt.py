@@ -11,6 +11,7 @@ from conftest import make_tiny
 from torch import nn
 
 from pantheraml import log
+from pantheraml.errors import UnsupportedError
 from pantheraml.models.adapt import adapt, restore
 from pantheraml.models.layers import decoder
 from pantheraml.models.layers.lazy import LazyLogits
@@ -85,6 +86,24 @@ def test_adapt_is_idempotent_and_restore_leaves_nothing(batch):
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     assert adapt(model) == first
+
+
+def test_a_gradient_penalty_is_refused_with_fused_operations_and_right_without(batch):
+    model, stock = (make_tiny("llama", attn_implementation="eager") for _ in range(2))
+    stock.load_state_dict(model.state_dict())
+    adapt(model)
+
+    def penalised(model):
+        model.zero_grad()
+        loss = model(**batch).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        (loss + sum(g.square().sum() for g in gradients)).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with pytest.raises(UnsupportedError, match=r"differentiated once[\s\S]*restore\(model\)"):
+        penalised(model)
+    restore(model)
+    torch.testing.assert_close(penalised(model), penalised(stock))
 
 
 def test_classes_and_other_instances_stay_stock():

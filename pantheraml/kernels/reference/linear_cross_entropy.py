@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ... import xla_runtime
 from ...errors import ArgumentError, ConfigError, ConflictError, UnsupportedError
+from .._once import once_differentiable
 from .head import Head, Plan, Selection, scaled, select
 from .rows import RowOptions, RowStep, accumulation_dtype, eager_rows
 

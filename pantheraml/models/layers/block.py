@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ...kernels._once import once_differentiable
 from ...kernels.glu import GluSpec
 from ...kernels.lora_mlp import Joint
 from ...kernels.projections import (

@@ -59,7 +59,11 @@ def out_features(module: nn.Module) -> int | None:
     linears: tuple[Any, ...] = (module, getattr(module, "original_module", None))
     for linear in linears:
         if is_linear(linear):
-            return linear.out_features
+            weight = getattr(linear, "weight", None)
+            sizes = {linear.in_features, linear.out_features}
+            # Where a head is tied, the copy that PEFT trains has the embedding's sizes the wrong way round.
+            stated = not isinstance(weight, torch.Tensor) or weight.dim() != 2 or set(weight.shape) != sizes
+            return linear.out_features if stated else weight.shape[0]
     return None
 
 
