@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from .. import log
+from ..errors import DataError
 from .control import Span, control_of
 from .markers import render
 from .pieces import text_part
@@ -31,6 +32,8 @@ _PLAIN = {"role", "content"}
 READ = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 # Beside a text: where it spells control tokens that stay text, as start, end, start, end, ...; null for nowhere.
 TYPED = "typed_control_tokens"
+# Characters of a wrong value that a message repeats.
+MOST_SAID = 60
 
 
 class RefusedRowError(ValueError):
@@ -58,6 +61,21 @@ class Encoded:
     ids: list[list[int]]
     starts: list[int]
     typed: list[str | None]
+
+
+def _require(kind: type, column: str, values: Sequence[Any]) -> None:
+    """Raise for a value that is no text, or no list of messages."""
+    for value in values:
+        # A format of the data set may make other sequences of lists.
+        fits = isinstance(value, str) if kind is str else isinstance(value, Iterable) and not isinstance(value, str)
+        if not fits:
+            said = repr(value)
+            raise DataError(
+                f"a row's {column!r} is {said if len(said) < MOST_SAID else type(value).__name__}, and should be "
+                f"{'a text' if kind is str else 'a list of messages'}",
+                where=f"column {column!r} of the data set",
+                hint=f"leave such rows out: dataset.filter(lambda row: isinstance(row[{column!r}], {kind.__name__}))",
+            )
 
 
 class Encoder:
@@ -142,15 +160,20 @@ class Encoder:
         typed: list[str | None]
         chats = columns.get("messages")
         if chats is not None and not (len(chats) and isinstance(chats[0], str)):
+            _require(list, "messages", chats)
             ids, typed = self._chats(chats, columns)
         else:
+            _require(str, self.text_column, columns[self.text_column])
             texts = [self._ended(text) for text in columns[self.text_column]]
             ids, typed = self._typed_texts(texts, [_pairs(flat) for flat in columns.get(TYPED) or [None] * len(texts)])
         return Encoded(ids, [0] * len(ids), typed)
 
     def _with_prompt(self, columns: Columns, prompts: Sequence[Any], completions: Sequence[Any]) -> Encoded:
         typed: list[str | None]
-        if len(prompts) and isinstance(prompts[0], list):
+        kind = list if len(prompts) and isinstance(prompts[0], list) else str
+        _require(kind, "prompt", prompts)
+        _require(kind, "completion", completions)
+        if kind is list:
             wholes, typed = self._chats([[*a, *b] for a, b in zip(prompts, completions, strict=True)], columns)
             starts = self._chats(prompts, columns, add_generation_prompt=True)[0] if self.completion_only else []
         else:

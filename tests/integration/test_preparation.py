@@ -157,6 +157,29 @@ def test_a_text_that_was_made_of_chats_is_what_is_trained(beside, options, meant
     assert evaluated["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        ({"text": ["a fox", None, "a dog"]}, "text"),
+        ({"text": [1, 2]}, "text"),
+        ({"text": [["a"], ["b"]]}, "text"),
+        ({"messages": [CHATS[1], None]}, "messages"),
+        ({"prompt": ["a", None], "completion": ["b", "c"]}, "prompt"),
+        ({"prompt": ["a", "b"], "completion": ["b", None]}, "completion"),
+        ({"prompt": [CHATS[1][:1]] * 2, "completion": [CHATS[1][1:2], None]}, "completion"),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_no_text_is_named(rows, column, streamed, tokenizer):
+    dataset = Dataset.from_dict(rows)
+    with pytest.raises(DataError, match=rf"'{column}' is [\s\S]*dataset\.filter"):
+        if streamed:
+            list(prepare_stream(dataset.to_iterable_dataset(), Encoder(tokenizer), Cut()))
+        else:
+            prepare(dataset, Encoder(tokenizer), Cut(), workers=None, description="")
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
 def test_packed_and_shuffled_rows_are_those_of_trl(kind, strategy, tokenizer, tmp_path):
