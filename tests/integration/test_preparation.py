@@ -172,12 +172,15 @@ def test_a_text_that_was_made_of_chats_is_what_is_trained(beside, options, meant
     ids=str,
 )
 def test_a_value_that_is_no_text_is_named(rows, column, streamed, tokenizer):
-    dataset = Dataset.from_dict(rows)
-    with pytest.raises(DataError, match=rf"'{column}' is [\s\S]*dataset\.filter"):
+    dataset, encoder = Dataset.from_dict(rows), Encoder(tokenizer)
+
+    def encoded():
         if streamed:
-            list(prepare_stream(dataset.to_iterable_dataset(), Encoder(tokenizer), Cut()))
-        else:
-            prepare(dataset, Encoder(tokenizer), Cut(), workers=None, description="")
+            return list(prepare_stream(dataset.to_iterable_dataset(), encoder, Cut()))
+        return prepare(dataset, encoder, Cut(), workers=None, description="")
+
+    with pytest.raises(DataError, match=rf"'{column}' is [\s\S]*dataset\.filter"):
+        encoded()
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
